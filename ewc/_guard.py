@@ -1,0 +1,62 @@
+"""Leaves a model as it was found: flags, buffers, parameters, attributes, gradients."""
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+
+class Guard:
+    """Puts a model into eval mode, and takes back whatever running it changes.
+
+    The flags are set one by one and directly: a module may override `train`, to merge weights for
+    example, and would then change more than the flag.
+
+    Args:
+        model: The model; its modules are taken as they are when the guard is entered.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> Self:
+        modules = list(self._model.modules())
+        self._flags = [(module, module.training) for module in modules]
+        for module in modules:
+            module.training = False
+        self._spaces = [
+            (space, dict(space))
+            for module in modules
+            for space in (module.__dict__, module._buffers, module._parameters, module._modules)
+        ]
+        # A forward pass may write to buffers; to parameters only where an embedding keeps the
+        # norm of its rows.
+        writable = list(self._model.buffers()) + [
+            parameter
+            for module in modules
+            if getattr(module, "max_norm", None) is not None
+            for parameter in module.parameters(recurse=False)
+        ]
+        self._values = [(tensor, tensor.detach().clone()) for tensor in writable]
+        self._versions = [tensor._version for tensor in writable]
+        self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+        for module, training in self._flags:
+            module.training = training
+
+    def restore(self) -> None:
+        """Take back what the last run changed, so that the next one starts from the same."""
+        for space, kept in self._spaces:
+            if space.keys() != kept.keys() or any(space[key] is not kept[key] for key in kept):
+                space.clear()
+                space.update(kept)
+        with torch.no_grad():
+            for place, (tensor, value) in enumerate(self._values):
+                if tensor._version != self._versions[place]:
+                    tensor.copy_(value)
+                    self._versions[place] = tensor._version
+        for parameter, gradient in self._gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient

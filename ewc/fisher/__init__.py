@@ -1,0 +1,24 @@
+"""The diagonal Fisher information: sums of squared per-sample gradients, from batches.
+
+Users of the library need nothing from here, unless they add a rule for an operation of their own:
+`rule`, `rewriting`, `NotCovered`, and the forms of gradient that a rule may return.
+"""
+
+from ewc.fisher import rules as _rules  # noqa: F401  (registers the rules)
+from ewc.fisher._collection import Squares, collect
+from ewc.fisher.gradients import Dense, Gradient, Outer, Rows, Total
+from ewc.fisher.rules import NotCovered, Operation, rewriting, rule
+
+__all__ = [
+    "Dense",
+    "Gradient",
+    "NotCovered",
+    "Operation",
+    "Outer",
+    "Rows",
+    "Squares",
+    "Total",
+    "collect",
+    "rewriting",
+    "rule",
+]

@@ -1,0 +1,279 @@
+"""One pass over the batches: from a model and its data to sums of squared gradients."""
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc._batches import Batch, InvalidBatch, apply
+from ewc._guard import Guard
+from ewc._randomness import Randomness
+from ewc.fisher._mixing import refuse_batch_statistics, refuse_mixing
+from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
+from ewc.fisher._singly import add_singly
+from ewc.fisher._terms import terms
+from ewc.fisher._vectorised import Recorded, Vectorised
+from ewc.likelihoods import Likelihood
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """What one pass over the data gives.
+
+    Attributes:
+        sums: For each parameter the sum over samples of its squared gradients, `[*shape]`, on its
+            device, in at least float32.
+        samples: How many samples were seen.
+        truncated: Whether `max_samples` ended the pass before the data did.
+        paths: For each parameter which path computed it: `"rule"`, `"vmap"` (a copy per sample),
+            `"loop"` (one sample at a time), or `"unused"`.
+    """
+
+    sums: dict[str, Tensor]
+    samples: int
+    truncated: bool
+    paths: dict[str, str]
+
+
+def collect(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    *,
+    likelihood: Likelihood,
+    forward: Forward | None,
+    fisher_type: str,
+    max_samples: int | None,
+    generator: torch.Generator | None,
+    process_group: Any = None,
+) -> Squares:
+    """Sum the squared gradients of every sample, each run through the model alone, in eval mode.
+
+    Args:
+        model: The model, without wrappers.
+        parameters: The parameters to collect, by name; each requires a gradient.
+        batches: Any iterable of batches.
+        likelihood: Gives each sample's negative log-likelihood.
+        forward: `forward(model, batch) -> outputs`, or None to call the model on the inputs.
+        fisher_type: `"empirical"`, `"exact"` or `"mc"`.
+        max_samples: At most so many samples, or None for all.
+        generator: Where `"mc"` takes its seed from; None for the global generator.
+        process_group: Where the batches are sharded over processes.
+
+    Raises:
+        ValueError: If there are no samples, a batch is not valid, a module mixes samples, or a
+            gradient is not finite.
+    """
+    devices = {parameter.device for parameter in parameters.values()}
+    randomness = Randomness(devices)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(randomness.unchanged_on_failure(generator))
+        guard = stack.enter_context(Guard(model))
+        refuse_batch_statistics(model)
+        if fisher_type == "mc":
+            randomness.seed_from(generator)
+        run = _Pass(model, parameters, likelihood, forward, fisher_type, guard, randomness)
+        truncated = run.over(batches, max_samples)
+    return Squares(run.sums, run.samples, truncated, run.paths)
+
+
+class _Pass:
+    """The state of one pass: what `collect` was given, and what it has found so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        likelihood: Likelihood,
+        forward: Forward | None,
+        fisher_type: str,
+        guard: Guard,
+        randomness: Randomness,
+    ) -> None:
+        self.sums = {name: _zeros(each) for name, each in parameters.items()}
+        self.samples = 0
+        self._model = model
+        self._parameters = parameters
+        self._likelihood = likelihood
+        self._forward = forward
+        self._fisher_type = fisher_type
+        self._guard = guard
+        self._randomness = randomness
+        self._devices = {parameter.device for parameter in parameters.values()}
+        self._device = next(iter(parameters.values())).device
+        self._fast: Vectorised | None = None
+        self._slow: set[str] = set()
+        self._unchecked: list[tuple[int, Tensor]] = []
+
+    def over(self, batches: Iterable[Any], max_samples: int | None) -> bool:
+        """Add up all batches; returns whether `max_samples` ended the pass before the data did."""
+        truncated = False
+        for number, raw in enumerate(batches):
+            batch = Batch.read(
+                raw,
+                batch_dim=self._likelihood.batch_dim,
+                device=self._device,
+                targets_required=self._fisher_type == "empirical",
+            )
+            left = batch.size if max_samples is None else max_samples - self.samples
+            if batch.size > left:
+                batch, truncated = batch.take(0, left), True
+            if batch.size == 0:
+                continue
+            if self.samples == 0:
+                self._try_out(batch.take(0, min(2, batch.size)))
+            self._add(batch)
+            self.samples += batch.size
+            self._refuse_non_finite(number)
+            if self.samples == max_samples:
+                truncated = truncated or not _was_last(batches, number)
+                break
+        self._refuse_non_finite(None)
+        if self.samples == 0:
+            raise ValueError(
+                "expected at least one sample to estimate the Fisher information; the batches "
+                "held none. A generator can be run through only once: pass a fresh one"
+            )
+        return truncated
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Which path computed each parameter."""
+        paths = dict.fromkeys(self.sums, "unused")
+        if self._fast is not None:
+            paths.update(dict.fromkeys(self._fast.by_rule, "rule"))
+            paths.update(dict.fromkeys(self._fast.by_copy, "vmap"))
+        paths.update(dict.fromkeys(self._slow, "loop"))
+        return paths
+
+    def _terms(self, raw: Any, samples: int) -> Tensor:
+        outputs, rest = apply(self._model, raw, self._forward)
+        return terms(self._likelihood, self._fisher_type, outputs, rest, samples)
+
+    def _try_out(self, batch: Batch) -> None:
+        """Hold the fast paths against the slow one, on one sample or two.
+
+        What they cannot do, or would get wrong, goes one sample at a time for the whole pass.
+        """
+        if batch.size == 2:
+            with self._randomness.stream():
+                refuse_mixing(
+                    self._model,
+                    lambda raw: apply(self._model, raw, self._forward)[0],
+                    batch,
+                    self._guard.restore,
+                )
+        expected = {name: torch.zeros_like(each) for name, each in self.sums.items()}
+        found = {name: torch.zeros_like(each) for name, each in self.sums.items()}
+        self._add_singly(batch, expected, set(expected))
+        fast = Vectorised(self._parameters, self._terms)
+        try:
+            self._reverse(self._record(fast, batch, found))
+        except InvalidBatch:
+            raise
+        except Exception:  # whatever vmap refuses; the slow path has just shown that it does not
+            return
+        if self._fisher_type != "mc":  # whose two runs have drawn different targets
+            fast.left_out |= _differing(found, expected)
+        self._fast = fast
+
+    def _add(self, batch: Batch) -> None:
+        """Add the squares of all samples of the batch."""
+        done = 0
+        while done < batch.size:
+            size = batch.size if self._fast is None else self._fast.limit
+            chunk = batch.take(done, min(done + size, batch.size))
+            done += chunk.size
+            slow = set(self.sums)
+            if self._fast is not None:
+                try:
+                    recorded = self._record(self._fast, chunk, self.sums)
+                except InvalidBatch:
+                    raise
+                except Exception:  # a branch that only these data take; nothing is added yet
+                    self._fast = None
+                else:
+                    self._reverse(recorded)
+                    slow = self._fast.left_out
+            if slow:
+                self._slow |= self._add_singly(chunk, self.sums, slow)
+
+    def _record(self, fast: Vectorised, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded:
+        """Run forward on the fast paths, anew whenever a parameter has to change its path."""
+        while True:
+            try:
+                with self._randomness.stream() as keep:
+                    recorded = fast.forward(batch, totals)
+                    if recorded is not None:
+                        keep()
+                        return recorded
+            finally:
+                self._guard.restore()
+
+    def _reverse(self, recorded: Recorded) -> None:
+        with torch.no_grad(), without_autocast(self._devices), full_precision():
+            recorded.reverse()
+
+    def _add_singly(self, batch: Batch, totals: Mapping[str, Tensor], names: set[str]) -> set[str]:
+        parameters = {name: each for name, each in self._parameters.items() if name in names}
+        with self._randomness.stream() as keep, without_cudnn():
+            used = add_singly(batch, parameters, totals, self._terms, self._guard.restore)
+            keep()
+            return used
+
+    def _refuse_non_finite(self, number: int | None) -> None:
+        """Check the sums after batch `number`; on other devices than a CPU one batch later.
+
+        By then the verdict is there, and reading it does not hold up the next batch.
+        """
+        if number is not None:
+            largest = torch._foreach_norm(list(self.sums.values()), torch.inf)
+            finite = torch.stack([each.isfinite().to(self._device) for each in largest])
+            self._unchecked.append((number, finite))
+        late = 1 if number is not None and self._device.type != "cpu" else 0
+        while len(self._unchecked) > late:
+            place, finite = self._unchecked.pop(0)
+            if not finite.all():
+                names = [
+                    name for name, good in zip(self.sums, finite.tolist(), strict=True) if not good
+                ]
+                raise ValueError(
+                    "expected finite squared gradients; found NaN or infinity, or a square that "
+                    f"overflows, in batch {place} (counted from 0), in "
+                    f"{', '.join(map(repr, names))}. Look at the inputs, targets and loss of that "
+                    "batch; scale them, or use a wider type"
+                )
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    """A sum of squares for a parameter: real, and at least float32."""
+    real = parameter.detach().real if parameter.is_complex() else parameter.detach()
+    dtype = torch.promote_types(real.dtype, torch.float32)
+    return torch.zeros_like(real, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
+    """The names whose sums differ by more than rounding, also that of half precision, explains.
+
+    A gradient that is zero but for rounding is small against the largest of all.
+    """
+    largest = max(float(each.max()) if each.numel() else 0.0 for each in expected.values())
+    names = set()
+    for name, right in expected.items():
+        noise = (100 * torch.finfo(right.dtype).eps) ** 2 * largest
+        scale = float(right.max()) if right.numel() else 0.0
+        if bool(((found[name] - right).abs() > 0.05 * scale + noise).any()):
+            names.add(name)
+    return names
+
+
+def _was_last(batches: Iterable[Any], number: int) -> bool:
+    """Whether batch `number` is known to be the last one."""
+    return isinstance(batches, Sized) and number + 1 == len(batches)

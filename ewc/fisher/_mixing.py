@@ -1,0 +1,150 @@
+"""Finds a module whose output for one sample depends on the others in its batch.
+
+The Fisher information is a mean over samples, each of them alone. A model that lets the samples
+of a batch see each other, in eval mode too, is trained on something else: that is an error.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ewc._batches import Batch
+
+Record = list[tuple[str, list[Tensor], list[Tensor]]]
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """Refuse batch normalisations without running statistics.
+
+    Raises:
+        ValueError: If there is one, with its name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(_message(name, module, "it has no running statistics"))
+
+
+def refuse_mixing(
+    model: nn.Module, outputs: Callable[[Any], Any], batch: Batch, restore: Callable[[], None]
+) -> None:
+    """Refuse a model that gives a sample one output in a batch of two, and another alone.
+
+    Args:
+        model: The model, in eval mode.
+        outputs: What the model gives for a raw batch.
+        batch: Two samples.
+        restore: Called after each run, so that the next one starts from the same.
+
+    Raises:
+        ValueError: If it does, with the name of the first module whose outputs differ.
+    """
+    parts = (batch, batch.take(0, 1), batch.take(1, 2))
+
+    def run(part: Batch) -> list[Tensor]:
+        try:
+            with torch.no_grad():
+                return _tensors(outputs(part.raw))
+        finally:
+            restore()
+
+    with _Readings() as readings:
+        both, first, second = (run(part) for part in parts)
+    if _agree(both, first, second):
+        return
+    if readings.seen or not _equal(first, run(parts[1])):
+        return  # a branch that depends on values, or random numbers: no layer that mixes
+    records = []
+    for part in parts:
+        record: Record = []
+        hooks = [
+            module.register_forward_hook(_recorder(name, record))
+            for name, module in model.named_modules()
+        ]
+        try:
+            run(part)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        records.append(record)
+    for (name, into, out), (_, into1, out1), (_, into2, out2) in zip(*records, strict=False):
+        if _agree(into, into1, into2) and not _agree(out, out1, out2):
+            raise ValueError(_message(name, model.get_submodule(name), "its output differs"))
+    raise ValueError(_message("", model, "its output differs"))
+
+
+class _Readings(TorchFunctionMode):
+    """Notices whether a model reads values out of tensors, to branch on them."""
+
+    seen = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.seen = self.seen or func in _READING
+        return func(*args, **(kwargs or {}))
+
+
+_READING = {
+    getattr(Tensor, name)
+    for name in ("__bool__", "__float__", "__index__", "__int__", "item", "tolist")
+}
+
+
+def _recorder(name: str, record: Record) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        record.append((name, _tensors(args), _tensors(output)))
+
+    return hook
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf.detach().clone() for leaf in leaves if leaf.is_floating_point()]
+
+
+def _agree(both: list[Tensor], first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether the outputs of two samples together are those of each alone.
+
+    The batch dimension is the one of twice the size. Outputs of other shapes, padded to the
+    longest of the batch perhaps, cannot be compared and pass.
+    """
+    for pair, one, two in zip(both, first, second, strict=False):
+        if one.shape != two.shape or pair.dim() != one.dim():
+            continue
+        sizes = list(zip(pair.shape, one.shape, strict=True))
+        differing = [dim for dim, (twice, once) in enumerate(sizes) if twice != once]
+        if len(differing) != 1 or pair.shape[differing[0]] != 2 * one.shape[differing[0]]:
+            continue
+        if not _close(pair, torch.cat([one, two], differing[0])):
+            return False
+    return True
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(
+        one.shape == other.shape and torch.equal(one, other)
+        for one, other in zip(some, others, strict=False)
+    )
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding, which differs with the size of a batch."""
+    half = one.dtype in (torch.float16, torch.bfloat16)
+    one, other = one.to(torch.float64), other.to(torch.float64)
+    scale = other[other.isfinite()].abs().max().item() if bool(other.isfinite().any()) else 0.0
+    tolerance = 5e-2 if half else 1e-3
+    return torch.allclose(one, other, rtol=0, atol=tolerance * scale + 1e-12, equal_nan=True)
+
+
+def _message(name: str, module: nn.Module, found: str) -> str:
+    place = f"module {name!r}" if name else "the model"
+    return (
+        f"expected a model that, in eval mode, treats the samples of a batch alone; {place} "
+        f"({type(module).__name__}) mixes them: {found} when a sample is in another batch. "
+        "Use running statistics (track_running_stats=True), or a norm over each sample "
+        "(GroupNorm, LayerNorm)"
+    )

@@ -1,0 +1,135 @@
+"""All samples of a batch in one forward and one reverse pass, by rules and copies per sample."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc._batches import Batch
+from ewc.fisher._interception import Interception
+from ewc.fisher.gradients import Dense
+
+COPIES_BYTES = 2**26
+"""How much memory the written-out gradients of copied parameters may take at a time."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A forward pass, ready for its reverse pass.
+
+    Attributes:
+        interception: What the pass recorded.
+        terms: What is differentiated, K times `[N]`.
+        totals: For each parameter, where its squares are added.
+    """
+
+    interception: Interception
+    terms: tuple[Tensor, ...]
+    totals: Mapping[str, Tensor]
+
+    def reverse(self) -> None:
+        """Run the reverse pass, once for each of the K terms, and add the squares."""
+        copies = self.interception.copies
+        roots = self.interception.roots
+        inputs = [*roots, *copies.values()]
+        if not inputs:
+            return
+        last = len(self.terms) - 1
+        for k, term in enumerate(self.terms):
+            found = torch.autograd.grad(
+                term, inputs, torch.ones_like(term), retain_graph=k < last, allow_unused=True
+            )
+            self.interception.flush()
+            for name, gradient in zip(copies, found[len(roots) :], strict=True):
+                if gradient is not None:
+                    Dense(gradient).add_squares(self.totals[name])
+
+
+class Vectorised:
+    """Runs batches so that the squared gradients of their samples can be summed at once.
+
+    Args:
+        parameters: The protected parameters by name.
+        terms: `terms(raw, samples) -> [K, samples]`, differentiable.
+
+    Attributes:
+        by_rule: The names of the parameters that went by rule.
+        by_copy: The names of those that went by a copy per sample.
+        left_out: The names of those that are left to another path. The engine adds those that
+            the model uses in a way that no interception can see.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], terms: Callable[[Any, int], Tensor]
+    ) -> None:
+        self.by_rule: set[str] = set()
+        self.by_copy = {name for name, each in parameters.items() if each.is_complex()}
+        self.left_out: set[str] = set()
+        self._parameters = dict(parameters)
+        self._terms = terms
+
+    @property
+    def limit(self) -> int:
+        """How many samples may go at once, so that copies stay within the memory allowed."""
+        copied = (self._parameters[name] for name in self.by_copy - self.left_out)
+        size = sum(each.numel() * each.element_size() for each in copied)
+        return max(1, COPIES_BYTES // max(1, size))
+
+    def forward(self, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded | None:
+        """Run the model on all samples.
+
+        Returns:
+            None if a parameter turned out to have no rule, or to be used out of sight. It is
+            remembered, and the same call will go another way.
+        """
+        seen = {name: p for name, p in self._parameters.items() if name not in self.left_out}
+        interception = Interception(seen, totals, self.by_copy, batch.size)
+
+        def one(*tensors: Tensor) -> Tensor:
+            with interception:
+                return self._terms(batch.of_one(list(tensors)), 1).squeeze(1)
+
+        with warnings.catch_warnings():
+            # An operation that vmap does in a loop is no news to the user: the result is the same.
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            terms: Tensor = torch.func.vmap(
+                one, in_dims=tuple(batch.dims), out_dims=1, randomness="different"
+            )(*batch.tensors)
+        copied = interception.without_rule | interception.entangled
+        unseen = _reached(terms, seen) - copied
+        self.by_copy |= copied
+        self.left_out |= unseen
+        if copied or unseen:
+            return None
+        self.by_rule |= interception.by_rule
+        return Recorded(interception, terms.unbind(0), totals)
+
+
+def _reached(terms: Tensor, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """The names of the parameters that the graph of `terms` leads to.
+
+    An interception keeps all that it sees out of the graph, so these it did not see: arguments
+    of a custom `autograd.Function`, or of a scripted module.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {names[id(leaf)] for leaf in _leaves(terms) if id(leaf) in names}
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves of the graph that `tensor` came from."""
+    todo = [tensor.grad_fn]
+    visited = set(todo)
+    while todo:
+        node = todo.pop()
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        for following, _ in node.next_functions:
+            if following not in visited:
+                visited.add(following)
+                todo.append(following)

@@ -1,0 +1,239 @@
+"""Per-sample gradients in factored form, and the sum of their squares.
+
+A rule knows the gradient of one operation for each sample as a formula of two tensors: what went
+in and what came back. Held in that form it is as small as the activations; written out it would
+be one copy of the parameter per sample. Each class here adds its squares to a total without
+writing out more than a few samples at a time.
+
+Index legend: `n` sample, `s` shared position (time step, pixel, ...), `o`/`i` rows/columns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import Self, override
+
+
+def work_elements(tensor: Tensor) -> int:
+    """How many elements of `tensor`'s kind may be written out at a time.
+
+    On a CPU as many as stay in the second-level cache (half a MiB), else 64 MiB, so that a
+    launch has enough to do.
+    """
+    budget = 2**19 if tensor.device.type == "cpu" else 2**26
+    return budget // tensor.element_size()
+
+
+class Gradient(ABC):
+    """The gradients of N samples with respect to one parameter (or a view of one).
+
+    Attributes:
+        samples: N.
+    """
+
+    samples: int
+
+    @abstractmethod
+    def per_sample(self, start: int, stop: int) -> Tensor:
+        """The gradients of samples `start` to `stop - 1`, shape `[stop - start, *shape]`."""
+
+    def work(self, total: Tensor) -> int:
+        """How many elements are written out for each sample."""
+        return total.numel()
+
+    def add_squares(self, total: Tensor) -> None:
+        """Add the sum over samples of the squared gradients to `total`, shape `[*shape]`."""
+        step = max(1, work_elements(total) // max(1, self.work(total)))
+        for start in range(0, self.samples, step):
+            gradient = self.per_sample(start, min(start + step, self.samples)).to(total.dtype)
+            total.add_((gradient * gradient).sum(0))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> "Gradient":
+        """The sum of several gradients of the same kind, one for each use of the parameter."""
+        return Several(parts)
+
+
+class Several(Gradient):
+    """A parameter used more than once: the uses are summed before the square is taken."""
+
+    def __init__(self, parts: Sequence[Gradient]) -> None:
+        self.parts = parts
+        self.samples = parts[0].samples
+
+    @override
+    def work(self, total: Tensor) -> int:
+        return max(part.work(total) for part in self.parts)
+
+    @override
+    def per_sample(self, start: int, stop: int) -> Tensor:
+        gradient = self.parts[0].per_sample(start, stop)
+        for part in self.parts[1:]:
+            gradient = gradient + part.per_sample(start, stop)
+        return gradient
+
+
+class Total(Gradient):
+    """`grad[n] = sum_s g[n, s]`: a bias, or anything added at every position.
+
+    Args:
+        summands: `[N, S, *shape]`.
+    """
+
+    def __init__(self, summands: Tensor) -> None:
+        self.summands = summands
+        self.samples = summands.shape[0]
+
+    @override
+    def per_sample(self, start: int, stop: int) -> Tensor:
+        return self.summands[start:stop].sum(1)
+
+    @override
+    def add_squares(self, total: Tensor) -> None:
+        summed = self.summands.squeeze(1) if self.summands.shape[1] == 1 else self.summands.sum(1)
+        summed = summed.to(total.dtype)
+        total.add_((summed * summed).sum(0))
+
+    @override
+    @classmethod
+    def joined(cls, parts: Sequence["Total"]) -> Gradient:
+        return cls(torch.cat([part.summands for part in parts], 1))
+
+
+class Outer(Gradient):
+    """`grad[n, o, i] = sum_s left[n, s, o] * right[n, s, i]`: a matrix product with shared weight.
+
+    Args:
+        left: `[N, S, O]`; for a linear layer the gradient of its output.
+        right: `[N, S, I]`; for a linear layer its input.
+        shape: The shape of the parameter where it is not `[O, I]` but holds as many elements.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, shape: Sequence[int] | None = None) -> None:
+        self.left, self.right = left, right
+        self.shape = (left.shape[2], right.shape[2]) if shape is None else tuple(shape)
+        self.samples = left.shape[0]
+
+    @override
+    def per_sample(self, start: int, stop: int) -> Tensor:
+        product = self.left[start:stop].mT @ self.right[start:stop]
+        return product.view(-1, *self.shape)
+
+    @override
+    def add_squares(self, total: Tensor) -> None:
+        left, right = self.left.to(total.dtype), self.right.to(total.dtype)
+        total = total.view(left.shape[2], right.shape[2])
+        if total.stride(0) < total.stride(1):  # a transposed view: write its rows as they lie
+            left, right, total = right, left, total.t()
+        if left.shape[1] == 1:
+            left, right = left.squeeze(1), right.squeeze(1)
+            total.addmm_((left * left).t(), right * right)
+        elif total.is_cpu and 2 * total.numel() > work_elements(total):
+            _add_squares_in_cache(total, left, right)
+        else:
+            Gradient.add_squares(Outer(left, right), total)
+
+    @override
+    @classmethod
+    def joined(cls, parts: Sequence["Outer"]) -> Gradient:
+        return cls(
+            torch.cat([part.left for part in parts], 1),
+            torch.cat([part.right for part in parts], 1),
+            parts[0].shape,
+        )
+
+
+def _add_squares_in_cache(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Square one sample's product while it is in the cache, a block of rows at a time."""
+    rows = max(1, min(total.shape[0], work_elements(total) // max(1, total.shape[1])))
+    scratch = total.new_empty(rows, total.shape[1])
+    for top in range(0, total.shape[0], rows):
+        block = total[top : top + rows]
+        product = scratch[: block.shape[0]]
+        for n in range(left.shape[0]):
+            torch.mm(left[n, :, top : top + rows].t(), right[n], out=product)
+            block.addcmul_(product, product)
+
+
+class Rows(Gradient):
+    """`grad[n, v] = sum of g[n, s] over the s with index[n, s] = v`: an embedding.
+
+    Args:
+        index: `[N, S]`, integer, the row that each position read.
+        summands: `[N, S, D]`.
+        rows: the number of rows of the parameter.
+    """
+
+    def __init__(self, index: Tensor, summands: Tensor, rows: int) -> None:
+        self.index, self.summands, self.rows = index, summands, rows
+        self.samples = index.shape[0]
+
+    @override
+    def per_sample(self, start: int, stop: int) -> Tensor:
+        summands, index = self.summands[start:stop], self.index[start:stop]
+        n, _, width = summands.shape
+        gradient = summands.new_zeros(n * self.rows, width)
+        offsets = torch.arange(n, device=index.device).unsqueeze(1) * self.rows
+        gradient.index_add_(0, (index + offsets).flatten(), summands.flatten(0, 1))
+        return torch.unflatten(gradient, 0, (n, self.rows))
+
+    @override
+    def add_squares(self, total: Tensor) -> None:
+        # Positions of one sample that read the same row are brought together by sorting and
+        # summed before squaring; no size depends on the data, so nothing synchronises.
+        n, positions = self.index.shape
+        index, order = self.index.sort(dim=1)
+        starts = torch.ones_like(index, dtype=torch.bool)
+        starts[:, 1:] = index[:, 1:] != index[:, :-1]
+        segment = starts.cumsum(1) - 1 + torch.arange(n, device=index.device)[:, None] * positions
+        summands = self.summands.to(total.dtype)
+        summands = summands.gather(1, order.unsqueeze(2).expand_as(summands))
+        sums = summands.new_zeros(n * positions, summands.shape[2])
+        sums.index_add_(0, segment.flatten(), summands.flatten(0, 1))
+        row = index.new_zeros(n * positions).scatter_(0, segment.flatten(), index.flatten())
+        total.index_add_(0, row, sums.square_())
+
+    @override
+    @classmethod
+    def joined(cls, parts: Sequence["Rows"]) -> Gradient:
+        return cls(
+            torch.cat([part.index for part in parts], 1),
+            torch.cat([part.summands for part in parts], 1),
+            parts[0].rows,
+        )
+
+
+class Dense(Gradient):
+    """Per-sample gradients written out, `[N, *shape]`: what autograd gives for a copy per sample.
+
+    Args:
+        gradients: `[N, *shape]`, real or complex; of a complex number the squared modulus counts.
+    """
+
+    def __init__(self, gradients: Tensor) -> None:
+        self.gradients = gradients
+        self.samples = gradients.shape[0]
+
+    @override
+    def per_sample(self, start: int, stop: int) -> Tensor:
+        return self.gradients[start:stop]
+
+    @override
+    def add_squares(self, total: Tensor) -> None:
+        if self.gradients.is_complex():
+            Dense(self.gradients.real).add_squares(total)
+            Dense(self.gradients.imag).add_squares(total)
+        else:
+            super().add_squares(total)
+
+
+def add_square(total: Tensor, gradient: Tensor) -> None:
+    """Add `|gradient|^2` to `total`, both `[*shape]`, squared in the precision of `total`."""
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
+    parts = (gradient.real, gradient.imag) if gradient.is_complex() else (gradient,)
+    for part in parts:
+        part = part.to(total.dtype)
+        total.addcmul_(part, part)

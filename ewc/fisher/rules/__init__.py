@@ -1,0 +1,17 @@
+"""Rules for the operations whose per-sample gradients have a short formula.
+
+Importing this package registers them all: one file for each family of operations.
+"""
+
+from ewc.fisher.rules import (  # noqa: F401  (imported for their registration)
+    attention,
+    convolution,
+    embedding,
+    linear,
+    loss,
+    normalisation,
+    recurrent,
+)
+from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
+
+__all__ = ["NotCovered", "Operation", "rewriting", "rule"]

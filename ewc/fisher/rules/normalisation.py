@@ -1,0 +1,150 @@
+"""Normalisations with a scale and a shift for each channel.
+
+Each is the same normalisation without parameters, followed by `scale * normal + shift`, whose
+per-sample gradients are sums over the positions of `g * normal` and of `g`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ewc.fisher.gradients import Total
+from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
+
+
+def _affine(
+    op: Operation, normal: Tensor, weight: Tensor | None, bias: Tensor | None, channels: slice
+) -> Tensor:
+    """Scale and shift along the dimensions `channels` of `normal`, shape `[N, ...]`."""
+    dims = range(normal.dim())[channels]
+    shape = [size if dim in dims else 1 for dim, size in enumerate(normal.shape)]
+    shared = [dim for dim in range(1, normal.dim()) if dim not in dims]
+
+    def total(summands: Tensor) -> Total:
+        summed = summands.sum(shared) if shared else summands
+        return Total(summed.unsqueeze(1))
+
+    out = normal
+    if weight is not None:
+        out = out * op.value(weight).view(shape)
+    if bias is not None:
+        out = out + op.value(bias).view(shape)
+    return op.watch(
+        out,
+        {weight: lambda g: total(g * normal.detach()), bias: total},
+    )
+
+
+@rule(F.layer_norm)
+def layer_norm(
+    op: Operation,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The channels are the last dimensions, all of `normalized_shape`."""
+    normal = F.layer_norm(op.samples(input), normalized_shape, eps=eps)
+    return _affine(op, normal, weight, bias, slice(-len(normalized_shape), None))
+
+
+@rule(F.rms_norm)
+def rms_norm(
+    op: Operation,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """As `layer_norm`, without centring and shift."""
+    normal = F.rms_norm(op.samples(input), normalized_shape, eps=eps)
+    return _affine(op, normal, weight, None, slice(-len(normalized_shape), None))
+
+
+@rule(F.group_norm)
+def group_norm(
+    op: Operation,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The channels are dimension 1 of the input, behind its own batch dimension."""
+    x = op.samples(input)
+    normal = F.group_norm(x.flatten(0, 1), num_groups, eps=eps)
+    return _affine(op, normal.view(x.shape), weight, bias, slice(2, 3))
+
+
+@rule(F.instance_norm)
+def instance_norm(
+    op: Operation,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Statistics of each sample and channel, or running ones."""
+    x = op.samples(input)
+    flat = x.flatten(0, 1)
+    if use_input_stats:
+        if running_mean is not None:
+            raise NotCovered
+        normal = F.instance_norm(flat, eps=eps)
+    else:
+        normal = F.instance_norm(flat, running_mean, running_var, use_input_stats=False, eps=eps)
+    return _affine(op, normal.view(x.shape), weight, bias, slice(2, 3))
+
+
+@rule(F.batch_norm)
+def batch_norm(
+    op: Operation,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """With running statistics alone: those of a batch would mix its samples."""
+    if training:
+        raise NotCovered
+    x = op.samples(input)
+    normal = F.batch_norm(x.flatten(0, 1), running_mean, running_var, eps=eps)
+    return _affine(op, normal.view(x.shape), weight, bias, slice(2, 3))
+
+
+@rule(F.prelu, torch.prelu)
+def prelu(op: Operation, input: Tensor, weight: Tensor) -> Tensor:
+    """`grad a[n, c] = sum_s g[n, s, c] min(x[n, s, c], 0)`; with one slope c is a position too."""
+    x, slope = op.samples(input), op.value(weight)
+    if slope.dim() != 1:
+        raise NotCovered
+    shared = slope.numel() == 1
+    shape = slope.shape if shared or x.dim() < 3 else (-1, *[1] * (x.dim() - 3))
+    out = torch.where(x > 0, x, x * slope.view(shape))
+
+    def slope_gradient(g: Tensor) -> Total:
+        summands = g * x.clamp(max=0)
+        if shared:
+            return Total(summands.flatten(1).unsqueeze(2))
+        if x.dim() < 3:
+            return Total(summands.unsqueeze(1))
+        return Total(summands.flatten(3).sum(3) if x.dim() > 3 else summands)
+
+    return op.watch(out, {weight: slope_gradient})
+
+
+@rewriting(torch._weight_norm)
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`g v / |v|`, the norm over all dimensions but `dim`: what `vmap` would do in a loop."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
