@@ -1,0 +1,19 @@
+"""Likelihoods: what is assumed about the data, given a model's outputs.
+
+The Fisher information is defined by a likelihood, not by a loss: by the negative log-likelihood
+(NLL) of *one* sample, unreduced and unscaled. A likelihood states it, and, where it can, what
+expectations over the model's own predictions need: a draw (`"mc"`) or all terms (`"exact"`).
+The built-in ones work on whole batches, and on batches of one sample inside `torch.func.vmap`.
+
+Sources: Kunstner, Hennig, Balles, *Limitations of the empirical Fisher approximation* (2019), for
+what the three types are; Martens, *New insights and perspectives on the natural gradient method*
+(2020), for the likelihoods and their exact expectations.
+"""
+
+from ewc.likelihoods._classification import Classification
+from ewc.likelihoods._custom import Custom
+from ewc.likelihoods._likelihood import Likelihood
+from ewc.likelihoods._regression import Regression
+from ewc.likelihoods._time_series import TimeSeries
+
+__all__ = ["Classification", "Custom", "Likelihood", "Regression", "TimeSeries"]
