@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from typing_extensions import Self
 
 from ewc import _vmap
 from ewc.fisher.gradients import Gradient, Several
@@ -114,6 +113,7 @@ class Interception(TorchFunctionMode):
         count: N.
 
     Attributes:
+        level: The nesting level of that `vmap`, to be set before the mode is entered.
         copies: By name, the copies of those parameters, `[N, *shape]`.
         roots: Outputs of operations that nothing before them asks a gradient of.
         without_rule: The names of parameters that met an operation without a rule.
@@ -144,11 +144,6 @@ class Interception(TorchFunctionMode):
                 self.copies[name] = self._copies[id(parameter)] = copy
             else:
                 self._add_view(View(name, parameter, totals[name]))
-
-    def __enter__(self) -> Self:
-        self.level = _vmap.level()
-        super().__enter__()
-        return self
 
     @property
     def by_rule(self) -> set[str]:

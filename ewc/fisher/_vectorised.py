@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc import _vmap
 from ewc._batches import Batch
 from ewc.fisher._interception import Interception
 from ewc.fisher.gradients import Dense
@@ -89,6 +90,7 @@ class Vectorised:
         interception = Interception(seen, totals, self.by_copy, batch.size)
 
         def one(*tensors: Tensor) -> Tensor:
+            interception.level = _vmap.level()
             with interception:
                 return self._terms(batch.of_one(list(tensors)), 1).squeeze(1)
 
