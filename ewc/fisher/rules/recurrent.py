@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ewc.fisher.gradients import Outer, Total
 from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules._scan import LSTMScan
 
 
 class _Weights(NamedTuple):
@@ -45,95 +46,117 @@ def _split(weights: Sequence[Tensor], biased: bool, projected: bool) -> list[_We
     ]
 
 
-class _Steps:
-    """One layer in one direction over time: the gates' shares in, the states out.
+class _Layer:
+    """One layer in one direction: the gates' share of the inputs, and what its gradient gives.
 
     Args:
         op: The operation that is being replaced.
         weights: The layer's parameters.
-        x: The layer's inputs, `[T, M, I]`.
+        x: The layer's inputs in the order of its steps, `[T, M, I]`.
         samples: N, where M = N * B.
+
+    Attributes:
+        share: The inputs' share of the gates, `[T, M, G]`; with all biases, but for a GRU's.
+        hidden: The value of the weight of the states, `[G, H]`.
+        before: The states that the steps start from, `[T, M, H]`; set by the scan.
+        reset: A GRU's reset gates, `[T, M, H]`; set by the scan.
     """
 
-    def __init__(self, op: Operation, weights: _Weights, x: Tensor, samples: int) -> None:
-        self.op, self.weights, self.samples = op, weights, samples
+    def __init__(
+        self, op: Operation, weights: _Weights, x: Tensor, samples: int, gru: bool
+    ) -> None:
         self.hidden = op.value(weights.hidden)
-        self.before: list[Tensor] = []  # the states that each step starts from
-        self.scale: list[Tensor] = []  # a GRU's reset gates
-        bias = None
-        if weights.input_bias is not None and weights.hidden_bias is not None:
-            bias = op.value(weights.input_bias)
-            self.hidden_bias = op.value(weights.hidden_bias)
-        share = F.linear(x, op.value(weights.input), bias)
+        self.hidden_bias = None if weights.hidden_bias is None else op.value(weights.hidden_bias)
+        self.projection = None if weights.projection is None else op.value(weights.projection)
+        self.before = self.reset = x
+        self._op, self._weights, self._samples = op, weights, samples
+        bias = None if weights.input_bias is None else op.value(weights.input_bias)
+        if bias is not None and self.hidden_bias is not None and not gru:
+            bias = bias + self.hidden_bias
         self.share = op.watch(
-            share,
+            F.linear(x, op.value(weights.input), bias),
             {
-                weights.input: lambda g: Outer(self.by_sample(g), self.by_sample(x)),
-                weights.input_bias: lambda g: Total(self.by_sample(g)),
+                weights.input: lambda g: Outer(self._by_sample(g), self._by_sample(x)),
+                weights.input_bias: lambda g: Total(self._by_sample(g)),
                 weights.hidden: lambda g: Outer(
-                    self.by_sample(self.gates(g)), self.by_sample(torch.stack(self.before))
+                    self._by_sample(self._of_states(g) if gru else g), self._by_sample(self.before)
                 ),
-                weights.hidden_bias: lambda g: Total(self.by_sample(self.gates(g))),
+                weights.hidden_bias: lambda g: Total(
+                    self._by_sample(self._of_states(g) if gru else g)
+                ),
             },
         )
 
-    def by_sample(self, tensor: Tensor) -> Tensor:
-        """`[T, M, D] -> [N, T * B, D]`."""
-        return torch.unflatten(tensor, 1, (self.samples, -1)).transpose(0, 1).flatten(1, 2)
-
-    def gates(self, g: Tensor) -> Tensor:
-        """The gradient of the states' share of the gates, from that of the inputs' share."""
-        if not self.scale:
-            return g
-        reset, update, new = g.chunk(3, 2)
-        return torch.cat([reset, update, new * torch.stack(self.scale)], 2)
-
-    def recur(self, h: Tensor) -> Tensor:
-        """The states' share of the gates, `[M, G]`."""
-        self.before.append(h.detach())
-        bias = None if self.weights.hidden_bias is None else self.hidden_bias
-        return F.linear(h, self.hidden, bias)
-
     def project(self, h: Tensor) -> Tensor:
-        """An LSTM's projection of its state, if it has one."""
-        weight = self.weights.projection
-        if weight is None:
+        """An LSTM's projection of its state."""
+        if self.projection is None:
             return h
-        out = F.linear(h, self.op.value(weight))
-        rows = h.detach()
+        rows, sizes = h.detach(), (self._samples, -1)
+        return self._op.watch(
+            F.linear(h, self.projection),
+            {
+                self._weights.projection: lambda g: Outer(
+                    torch.unflatten(g, 0, sizes), torch.unflatten(rows, 0, sizes)
+                )
+            },
+        )
 
-        def gradient(g: Tensor) -> Outer:
-            sizes = (self.samples, -1)
-            return Outer(torch.unflatten(g, 0, sizes), torch.unflatten(rows, 0, sizes))
+    def _by_sample(self, tensor: Tensor) -> Tensor:
+        """`[T, M, D] -> [N, T * B, D]`."""
+        return torch.unflatten(tensor, 1, (self._samples, -1)).transpose(0, 1).flatten(1, 2)
 
-        return self.op.watch(out, {weight: gradient})
-
-
-def _rnn(activation: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    def step(steps: _Steps, share: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-        return (activation(share + steps.recur(h)),)
-
-    return step
-
-
-def _gru(steps: _Steps, share: Tensor, h: Tensor) -> tuple[Tensor, ...]:
-    reset_x, update_x, new_x = share.chunk(3, 1)
-    reset_h, update_h, new_h = steps.recur(h).chunk(3, 1)
-    reset, update = (reset_x + reset_h).sigmoid(), (update_x + update_h).sigmoid()
-    steps.scale.append(reset.detach())
-    new = (new_x + reset * new_h).tanh()
-    return (torch.lerp(new, h, update),)
+    def _of_states(self, g: Tensor) -> Tensor:
+        """The gradient of a GRU's states' share, from that of the inputs' share."""
+        reset, update, new = g.chunk(3, 2)
+        return torch.cat([reset, update, new * self.reset], 2)
 
 
-def _lstm(steps: _Steps, share: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    gate_in, gate_forget, cell, gate_out = (share + steps.recur(h)).chunk(4, 1)
-    c = gate_forget.sigmoid() * c + gate_in.sigmoid() * cell.tanh()
-    return steps.project(gate_out.sigmoid() * c.tanh()), c
+Scan = Callable[..., tuple[Tensor, ...]]
+"""`scan(layer, *first states) -> (states over time, *last states)`, `[T, M, H]` and `[M, H]`."""
+
+
+def _rnn(activation: Callable[[Tensor], Tensor]) -> Scan:
+    def scan(layer: _Layer, h: Tensor) -> tuple[Tensor, ...]:
+        states = [h]
+        for share in layer.share.unbind(0):
+            states.append(activation(share + states[-1] @ layer.hidden.t()))
+        layer.before = torch.stack(states[:-1]).detach()
+        return torch.stack(states[1:]), states[-1]
+
+    return scan
+
+
+def _gru(layer: _Layer, h: Tensor) -> tuple[Tensor, ...]:
+    states, resets = [h], []
+    for share in layer.share.unbind(0):
+        h = states[-1]
+        reset_x, update_x, new_x = share.chunk(3, 1)
+        reset_h, update_h, new_h = F.linear(h, layer.hidden, layer.hidden_bias).chunk(3, 1)
+        reset, update = (reset_x + reset_h).sigmoid(), (update_x + update_h).sigmoid()
+        resets.append(reset)
+        states.append(torch.lerp((new_x + reset * new_h).tanh(), h, update))
+    layer.before = torch.stack(states[:-1]).detach()
+    layer.reset = torch.stack(resets).detach()
+    return torch.stack(states[1:]), states[-1]
+
+
+def _lstm(layer: _Layer, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    if layer.projection is None:
+        over_time, c = LSTMScan.apply(layer.share, layer.hidden, h, c)  # type: ignore[no-untyped-call]
+        layer.before = torch.cat([h.unsqueeze(0), over_time[:-1]]).detach()
+        return over_time, over_time[-1], c
+    states = [h]
+    for share in layer.share.unbind(0):
+        gates = (share + states[-1] @ layer.hidden.t()).chunk(4, 1)
+        c = gates[1].sigmoid() * c + gates[0].sigmoid() * gates[2].tanh()
+        states.append(layer.project(gates[3].sigmoid() * c.tanh()))
+    layer.before = torch.stack(states[:-1]).detach()
+    return torch.stack(states[1:]), states[-1], c
 
 
 def _layers(
     op: Operation,
-    step: Callable[..., tuple[Tensor, ...]],
+    scan: Scan,
     input: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[_Weights],
@@ -147,35 +170,25 @@ def _layers(
     x = x.permute(2, 0, 1, 3) if batch_first else x.permute(1, 0, 2, 3)  # [T, N, B, I]
     samples, batch = x.shape[1:3]
     x = x.flatten(1, 2)
-    starts = [op.samples(state).transpose(0, 1).flatten(1, 2) for state in states]
-    ends: list[tuple[Tensor, ...]] = []
-    for layer in range(0, len(weights), directions):
+    firsts = [op.samples(state).transpose(0, 1).flatten(1, 2) for state in states]
+    lasts: list[tuple[Tensor, ...]] = []
+    for place in range(0, len(weights), directions):
         outputs = []
-        for direction in range(directions):
-            steps = _Steps(op, weights[layer + direction], x, samples)
-            state = tuple(start[layer + direction] for start in starts)
-            order = range(x.shape[0]) if direction == 0 else range(x.shape[0] - 1, -1, -1)
-            shares = steps.share.unbind(0)
-            over_time: dict[int, Tensor] = {}
-            for t in order:
-                state = step(steps, shares[t], *state)
-                over_time[t] = state[0]
-            if direction == 1:
-                steps.before.reverse()
-                steps.scale.reverse()
-            outputs.append(torch.stack([over_time[t] for t in range(x.shape[0])]))
-            ends.append(state)
+        for backwards in range(directions):
+            steps = x.flip(0) if backwards else x
+            layer = _Layer(op, weights[place + backwards], steps, samples, scan is _gru)
+            over_time, *last = scan(layer, *(first[place + backwards] for first in firsts))
+            outputs.append(over_time.flip(0) if backwards else over_time)
+            lasts.append(tuple(last))
         x = torch.cat(outputs, 2) if directions > 1 else outputs[0]
     output = torch.unflatten(x, 1, (samples, batch))  # [T, N, B, H]
     output = output.permute(1, 2, 0, 3) if batch_first else output.transpose(0, 1)
-    last = (
-        torch.unflatten(torch.stack(kind, 1), 0, (samples, batch))
-        for kind in zip(*ends, strict=True)
-    )
-    return output, *(state.transpose(1, 2) for state in last)
+    stacked = (torch.stack(kind, 1) for kind in zip(*lasts, strict=True))  # [N * B, layers, H]
+    apart = (torch.unflatten(state, 0, (samples, batch)) for state in stacked)
+    return output, *(state.transpose(1, 2) for state in apart)
 
 
-def _define(function: Callable[..., Any], step: Callable[..., tuple[Tensor, ...]]) -> None:
+def _define(function: Callable[..., Any], scan: Scan) -> None:
     """Register the rule of a layer with one state."""
 
     @rule(function, always=True)
@@ -194,7 +207,7 @@ def _define(function: Callable[..., Any], step: Callable[..., tuple[Tensor, ...]
         if not isinstance(has_biases, bool) or (train and dropout):
             raise NotCovered  # a PackedSequence has other arguments in these places
         weights = _split(params, has_biases, projected=False)
-        return _layers(op, step, input, (hx,), weights, 1 + bidirectional, batch_first)
+        return _layers(op, scan, input, (hx,), weights, 1 + bidirectional, batch_first)
 
 
 _define(torch.rnn_tanh, _rnn(torch.tanh))
