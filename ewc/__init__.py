@@ -1,0 +1,31 @@
+"""Exact Elastic Weight Consolidation for PyTorch.
+
+from ewc import EWC, Classification
+
+ewc = EWC(model, Classification(), strength=300.0)         # beside the optimizer
+for loader in tasks:
+    for x, y in loader:
+        loss = F.cross_entropy(model(x), y) + ewc()        # every step; 0 before the first task
+        ...
+    ewc.consolidate(loader)                                # once after each task
+"""
+
+from ewc._context_mod import context_mod_forward
+from ewc._ewc import EWC, ZeroFisherWarning
+from ewc._online import OnlineEWC
+from ewc.likelihoods import Classification, Custom, Likelihood, Regression, TimeSeries
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "EWC",
+    "Classification",
+    "Custom",
+    "Likelihood",
+    "OnlineEWC",
+    "Regression",
+    "TimeSeries",
+    "ZeroFisherWarning",
+    "__version__",
+    "context_mod_forward",
+]

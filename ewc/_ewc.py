@@ -1,0 +1,488 @@
+"""Elastic Weight Consolidation as one object beside the optimizer.
+
+It holds what consolidations have learned, follows the model's parameters by name, and turns both
+into a penalty. What is a Fisher is decided in `ewc.fisher`, what is a quadratic in
+`ewc._quadratic`; here they are put together, all or nothing.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc._binding import Binding, check_fit, traced_penalty
+from ewc._parameters import (
+    check_materialised,
+    find,
+    in_order,
+    named_parameters,
+    nearest,
+    select,
+    unwrap,
+)
+from ewc._penalty import result_dtype
+from ewc._quadratic import Quadratic, snapshot
+from ewc._state import State, dump, restore
+from ewc._summary import Summary
+from ewc._validation import choice, number, positive_int
+from ewc.fisher import Squares, collect
+from ewc.likelihoods import Likelihood
+
+Forward = Callable[[nn.Module, Any], Any]
+
+_FISHER_TYPES = ("empirical", "exact", "mc")
+_REDUCTIONS = ("mean", "sum")
+_MEANS_TO_SUPPORT = {
+    "exact": "exact_terms(outputs, *rest) -> [K, N]",
+    "mc": "sample(outputs) -> targets",
+}
+
+
+class ZeroFisherWarning(UserWarning):
+    """A parameter has no influence on the likelihood: nothing protects it."""
+
+
+class EWC:
+    r"""Protect what a model has learned, task after task, by Elastic Weight Consolidation.
+
+    The penalty after `T` consolidations is
+
+        strength / 2 * sum over t <= T and entries i of F[t, i] * (theta[i] - anchor[t, i])^2
+
+    where `F[t]` is the diagonal Fisher information at the end of task `t`: the mean over samples
+    of the squared gradient of the sample's negative log-likelihood. The sum is kept as one
+    quadratic, so time and memory do not depend on the number of tasks.
+
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017,
+    eq. 3.
+
+    Args:
+        model: The model whose parameters are protected, wrapped (DDP, compiled, ...) or not.
+        likelihood: What the outputs mean.
+        strength: lambda, a finite number `>= 0`.
+        parameters: `None`: every parameter with `requires_grad` when a consolidation starts. Else
+            names, or `(name, parameter)` pairs of this model.
+        forward: `forward(model, batch) -> outputs`, where calling the model on the batch's inputs
+            is not enough. It may be handed any part of a batch, also inside `torch.func.vmap`.
+        fisher_type: `"empirical"` (the targets in the data), `"exact"` (the expectation over the
+            model's predictive distribution) or `"mc"` (one draw from it per sample).
+        reduction: `"mean"`: the Fisher is averaged over samples. `"sum"`: it is the sum over all
+            samples of the task, `N` times that.
+        max_samples: At most so many samples per consolidation, over all processes together.
+        process_group: Where batches are sharded over processes. `None`: the model's own, else the
+            world. Shared by `copy.deepcopy`, dropped by pickle.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: An argument is out of range, or there is no parameter to protect.
+
+    Example:
+        >>> ewc = EWC(model, Classification(), strength=300.0)
+        >>> for loader in tasks:
+        ...     for x, y in loader:
+        ...         loss = F.cross_entropy(model(x), y) + ewc()
+        ...         ...
+        ...     ewc.consolidate(loader)
+    """
+
+    _kind = "EWC"  # what the state calls itself, whatever a subclass is called
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        strength: float = 1.0,
+        parameters: Iterable[str | tuple[str, nn.Parameter]] | None = None,
+        forward: Forward | None = None,
+        fisher_type: str = "empirical",
+        reduction: str = "mean",
+        max_samples: int | None = None,
+        process_group: Any = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module; found {type(model).__name__}.")
+        self.strength = strength
+        self._fisher_type = choice("fisher_type", fisher_type, _FISHER_TYPES)
+        self._reduction = choice("reduction", reduction, _REDUCTIONS)
+        self._likelihood = self._checked_likelihood(likelihood)
+        self._forward = _checked_forward(forward)
+        self._max_samples = (
+            None if max_samples is None else positive_int("max_samples", max_samples)
+        )
+        self._process_group = process_group
+        self._model = unwrap(model)
+        self._chosen = None if parameters is None else select(model, parameters)
+        self._state = State()
+        self._binding: Binding | None = None
+        self._to_collect()
+
+    @property
+    def strength(self) -> float:
+        """lambda, a finite number `>= 0`. Assigning it changes the next penalty."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = number("strength", value)
+
+    @property
+    def n_tasks(self) -> int:
+        """How many consolidations there were."""
+        return self._state.n_tasks
+
+    @property
+    def fisher(self) -> dict[str, Tensor]:
+        """The Fisher of all tasks together, by canonical name; copies, in at least float32."""
+        return self._copies(lambda quadratic: quadratic.fisher)
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """Where the penalty is smallest, by canonical name; copies, in at least float32."""
+        return self._copies(lambda quadratic: quadratic.anchor)
+
+    def __call__(self) -> Tensor:
+        """The penalty.
+
+        Returns:
+            A differentiable scalar on the (first) protected parameter's device, in at least
+            float32; 0 before the first consolidation. Nothing is synchronised, and autocast is
+            off inside.
+
+        Raises:
+            ValueError: A protected parameter is gone or has changed its shape, other than by
+                growing along dimension 0.
+        """
+        if not self._state.quadratics:
+            return self._zero()
+        if torch.compiler.is_compiling():
+            return traced_penalty(self._model, self._state, self._precision, self._strength)
+        if self._binding is None or not self._binding.holds(self._state):
+            self._check_fit()
+            with torch.inference_mode(False), torch.no_grad():
+                self._binding = Binding(self._model, self._state, self._precision)
+            self._state = self._binding.state
+        return self._binding.penalty(self._strength)
+
+    def consolidate(
+        self,
+        batches: Iterable[Any],
+        *,
+        likelihood: Likelihood | None = None,
+        forward: Forward | None = None,
+        dataset_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Summary:
+        """Take the model as it is now for the solution of one more task, and protect it.
+
+        One pass over the batches; then Fisher and anchor are committed, all or nothing: whatever
+        goes wrong, this object and the model are as before. Called twice, it counts two tasks.
+
+        Args:
+            batches: Any iterable of batches of the task.
+            likelihood: For this task only, for instance with the outputs of its own head.
+            forward: For this task only.
+            dataset_size: N of `reduction="sum"`, which alone reads it. By default the samples
+                seen, or `len(batches.dataset)` if `max_samples` has cut the pass short.
+            generator: Source of the draws of `fisher_type="mc"`. By default the global one.
+
+        Returns:
+            What was done, and the curvature of the penalty from now on.
+
+        Raises:
+            TypeError: An argument is of the wrong kind.
+            ValueError: An argument is out of range, the data or the likelihood is not as it
+                should be, or every entry of the Fisher is zero.
+
+        Warns:
+            ZeroFisherWarning: Once for each parameter whose Fisher is all zero.
+        """
+        if not isinstance(batches, Iterable):
+            raise TypeError(
+                "batches must be an iterable of batches, such as a DataLoader; found "
+                f"{type(batches).__name__}."
+            )
+        likelihood = (
+            self._likelihood if likelihood is None else self._checked_likelihood(likelihood)
+        )
+        forward = self._forward if forward is None else _checked_forward(forward)
+        if dataset_size is not None:
+            dataset_size = positive_int("dataset_size", dataset_size)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator; found {type(generator).__name__}."
+            )
+        self._check_fit()
+        parameters = self._to_collect()
+
+        squares = collect(
+            self._model,
+            parameters,
+            batches,
+            likelihood=likelihood,
+            forward=forward,
+            fisher_type=self._fisher_type,
+            max_samples=self._max_samples,
+            generator=generator,
+            process_group=self._process_group,
+        )
+
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self._weight(squares, batches, dataset_size)
+            fisher = {
+                name: (squares.sums[name] / (squares.samples / weight)).contiguous()
+                for name in parameters
+            }
+            silent = [name for name, one in fisher.items() if not one.any()]
+            if len(silent) == len(fisher):
+                raise ValueError(
+                    "The Fisher of every parameter is zero; nothing would be protected. The "
+                    "negative log-likelihood must depend on the parameters: are the outputs "
+                    "detached, or all positions masked or ignored?"
+                )
+            state = self._merged_state(parameters, fisher, silent)
+            binding = Binding(self._model, state, self._precision)
+            summary = binding.summary(squares)
+        for name in silent:
+            if name not in self._state.warned and parameters[name].numel():
+                warnings.warn(
+                    f"The Fisher of {name!r} is zero in every entry: it has no influence on the "
+                    "likelihood of this task, which does not protect it.",
+                    ZeroFisherWarning,
+                    stacklevel=2,
+                )
+        self._state, self._binding = binding.state, binding
+        return summary
+
+    def forget(self, *names: str) -> None:
+        """Release parameters: what was learned about them is dropped, and they are free.
+
+        Those that are still in the model are collected again by the next consolidation.
+
+        Args:
+            *names: Canonical names. All are validated before any is released.
+
+        Raises:
+            TypeError: There is no name, or one is not a string.
+            ValueError: A name is unknown.
+        """
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"forget takes one or more names of parameters; found {names!r}.")
+        chosen = self._chosen or ()
+        known = [*self._state.quadratics, *chosen, *named_parameters(self._model)]
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(
+                "forget takes names of protected parameters; unknown: "
+                + "; ".join(f"{name!r} ({nearest(name, known)})" for name in unknown)
+                + "."
+            )
+        kept = {
+            name: quadratic
+            for name, quadratic in self._state.quadratics.items()
+            if name not in names
+        }
+        if self._chosen is not None:
+            # Those that are gone from the model can never be collected again.
+            self._chosen = tuple(
+                name for name in chosen if name not in names or find(self._model, name) is not None
+            )
+        self._state = replace(self._state, quadratics=kept)
+
+    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
+        """What was learned, for a checkpoint: nested dicts of tensors and plain values.
+
+        `strength` is not in it: it belongs to the run. The tensors are copies.
+
+        Args:
+            full: Whole tensors where parameters are sharded, for `torch.save`. A collective: call
+                it on every process. Without sharded parameters, it makes no difference.
+
+        Raises:
+            ValueError: A protected parameter is gone or has changed its shape.
+        """
+        self._check_fit()
+        with torch.inference_mode(False), torch.no_grad():
+            return dump(self._state, self._all_protected(), self._configuration())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what another object has learned, on this model's devices.
+
+        Everything is validated first; on any error, nothing has changed.
+
+        Args:
+            state: What `state_dict` returned. It is copied.
+
+        Raises:
+            TypeError: `state` is not a dict.
+            ValueError: It is of another version, class, configuration or model; all that is wrong
+                is listed.
+
+        Warns:
+            UserWarning: Once, where the model has parts that the state does not cover. They are
+                free until the next consolidation.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            restored = restore(
+                state,
+                model=self._model,
+                protected=self._trainable(),
+                configuration=self._configuration(),
+            )
+        self._state = replace(restored, warned=self._state.warned)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(strength={self.strength:g}, "
+            f"fisher_type={self._fisher_type!r}, reduction={self._reduction!r}, "
+            f"n_tasks={self.n_tasks}, parameters={len(self._state.quadratics)})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Handles on processes and on the dictionaries of a live model do not travel.
+        return {**self.__dict__, "_binding": None, "_process_group": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EWC":
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        other._process_group = self._process_group
+        return other
+
+    # What OnlineEWC does otherwise.
+
+    def _configuration(self) -> dict[str, Any]:
+        """What gives the numbers in a state their meaning."""
+        return {
+            "kind": self._kind,
+            "fisher_type": self._fisher_type,
+            "reduction": self._reduction,
+        }
+
+    def _merged(self, known: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
+        """What is known of a parameter after this task, which has collected it."""
+        return Quadratic(fisher, anchor) if known is None else known.plus(fisher, anchor)
+
+    def _passed(self, known: Quadratic) -> Quadratic:
+        """What is known of a parameter after this task, which has not collected it."""
+        return known
+
+    def _precision(self, name: str, known: Quadratic) -> Tensor:
+        """The curvature of the penalty, before `strength`."""
+        return known.fisher
+
+    # The parameters, as they are now.
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that a consolidation would collect now."""
+        candidates = named_parameters(self._model)
+        if self._chosen is not None:
+            found = [find(self._model, name) for name in self._chosen]
+            chosen = {id(parameter) for parameter in found}  # some may have been tied since
+            candidates = {name: p for name, p in candidates.items() if id(p) in chosen}
+        return {name: p for name, p in candidates.items() if p.requires_grad}
+
+    def _to_collect(self) -> dict[str, nn.Parameter]:
+        """The same, if they can be collected."""
+        trainable = self._trainable()
+        if not trainable:
+            raise ValueError(
+                "There must be a parameter to protect; found none with requires_grad among "
+                f"{'the names given' if self._chosen is not None else 'those of the model'}."
+            )
+        check_materialised(trainable.items())
+        return trainable
+
+    def _all_protected(self) -> dict[str, nn.Parameter]:
+        """Those that have a quadratic, and those that the next consolidation would give one."""
+        names = in_order(self._model, [*self._state.quadratics, *self._trainable()])
+        found = {name: find(self._model, name) for name in names}
+        return {name: p for name, p in found.items() if p is not None}
+
+    def _check_fit(self) -> None:
+        check_fit(self._model, self._state, self._chosen or ())
+
+    # From Fisher to penalty.
+
+    def _weight(self, squares: Squares, batches: object, dataset_size: int | None) -> int:
+        """What the mean over samples is multiplied by."""
+        if self._reduction == "mean":
+            return 1
+        if dataset_size is not None:
+            return dataset_size
+        if not squares.truncated:
+            return squares.samples
+        try:
+            return positive_int(
+                "len(batches.dataset)",
+                len(batches.dataset),  # type: ignore[attr-defined]
+            )
+        except (AttributeError, TypeError):
+            raise ValueError(
+                'reduction="sum" must know the number of samples; max_samples has cut the pass '
+                "short and batches.dataset has no length. Pass dataset_size."
+            ) from None
+
+    def _merged_state(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        fisher: Mapping[str, Tensor],
+        silent: list[str],
+    ) -> State:
+        merged = {}
+        for name in in_order(self._model, [*self._state.quadratics, *parameters]):
+            known = self._state.quadratics.get(name)
+            if name in parameters:
+                parameter = parameters[name]
+                beside = None if known is None else known.beside(parameter)
+                merged[name] = self._merged(beside, fisher[name], snapshot(parameter))
+            elif known is not None:
+                merged[name] = self._passed(known)
+        overflowed = [name for name, one in merged.items() if not one.fisher.isfinite().all()]
+        if overflowed:
+            raise ValueError(
+                f"The Fisher must be finite; that of {', '.join(map(repr, overflowed))} overflows. "
+                "Check the scale of the likelihood"
+                + (', or take reduction="mean".' if self._reduction == "sum" else ".")
+            )
+        warned = self._state.warned.union(silent)
+        return State(merged, self._state.n_tasks + 1, warned)
+
+    def _zero(self) -> Tensor:
+        parameters = list(self._trainable().values()) or list(self._model.parameters())
+        return torch.zeros((), dtype=result_dtype(parameters), device=parameters[0].device)
+
+    def _copies(self, of: Callable[[Quadratic], Tensor]) -> dict[str, Tensor]:
+        copies = {}
+        for name, known in self._state.quadratics.items():
+            parameter = find(self._model, name)
+            beside = known if parameter is None else known.beside(parameter)
+            copies[name] = of(beside).clone()
+        return copies
+
+    def _checked_likelihood(self, likelihood: Likelihood) -> Likelihood:
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(
+                "likelihood must be a Likelihood, such as Classification(); found "
+                f"{likelihood!r}. For a function, use Custom(nll)."
+            )
+        if not likelihood.supports(self._fisher_type):
+            raise ValueError(
+                f"fisher_type={self._fisher_type!r} needs a likelihood that defines "
+                f"{_MEANS_TO_SUPPORT[self._fisher_type]}; {type(likelihood).__name__} does not. "
+                'Define it, or take fisher_type="empirical".'
+            )
+        return likelihood
+
+
+def _checked_forward(forward: Forward | None) -> Forward | None:
+    if forward is not None and not callable(forward):
+        raise TypeError(
+            "forward must be a function forward(model, batch) -> outputs; found "
+            f"{type(forward).__name__}."
+        )
+    return forward

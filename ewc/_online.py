@@ -1,0 +1,156 @@
+"""Online EWC: one Fisher that forgets, and the latest anchor.
+
+Only what differs from `EWC` is here: what a task does to the quadratic, and that the penalty's
+curvature is the Fisher decayed once more, plus a prior.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc._ewc import EWC
+from ewc._parameters import find, named_parameters, nearest
+from ewc._quadratic import Quadratic
+from ewc._validation import number
+from ewc.likelihoods import Likelihood
+
+
+class OnlineEWC(EWC):
+    r"""Elastic Weight Consolidation that forgets gracefully.
+
+    After task `t`,
+
+        F~[t] = F[t] + decay * F~[t-1]
+        penalty = strength / 2 * sum of (decay * F~[t] + prior_precision) * (theta - anchor)^2
+
+    around the latest anchor only. `fisher` is `F~`, the prior not in it. A parameter that a
+    consolidation does not collect keeps its anchor, and its Fisher decays.
+
+    Source: Schwarz et al., "Progress & Compress", ICML 2018, eq. 8.
+
+    Args:
+        model: As for `EWC`.
+        likelihood: As for `EWC`.
+        strength: As for `EWC`.
+        parameters: As for `EWC`.
+        forward: As for `EWC`.
+        fisher_type: As for `EWC`.
+        reduction: As for `EWC`.
+        max_samples: As for `EWC`.
+        process_group: As for `EWC`.
+        decay: gamma, in `[0, 1]`.
+        prior_precision: A number `>= 0`, or `{name: tensor}` with the parameters' own shapes;
+            names it leaves out, and rows that a parameter gains later, have no prior. It enters
+            once, from a parameter's first consolidation on, and is multiplied by `strength` alone.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: An argument is out of range, or does not fit the model.
+
+    Warns:
+        UserWarning: `decay` is 0 and there is no prior: the penalty would always be 0.
+    """
+
+    _kind = "OnlineEWC"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood,
+        *,
+        strength: float = 1.0,
+        parameters: Iterable[str | tuple[str, nn.Parameter]] | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        fisher_type: str = "empirical",
+        reduction: str = "mean",
+        max_samples: int | None = None,
+        process_group: Any = None,
+        decay: float = 1.0,
+        prior_precision: float | Mapping[str, Tensor] = 0.0,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            strength=strength,
+            parameters=parameters,
+            forward=forward,
+            fisher_type=fisher_type,
+            reduction=reduction,
+            max_samples=max_samples,
+            process_group=process_group,
+        )
+        self._decay = number("decay", decay, high=1.0)
+        self._prior: float | dict[str, Tensor]
+        if isinstance(prior_precision, Mapping):
+            self._prior = _checked_priors(prior_precision, self._model)
+        else:
+            self._prior = number("prior_precision", prior_precision)
+        if self._decay == 0 and not self._prior:
+            warnings.warn(
+                "decay=0 without a prior_precision makes every penalty 0: nothing is protected. "
+                "Give a decay > 0, or a prior.",
+                stacklevel=2,
+            )
+
+    def _configuration(self) -> dict[str, Any]:
+        prior = self._prior
+        return {
+            **super()._configuration(),
+            "decay": self._decay,
+            "prior_precision": (
+                {name: one.clone() for name, one in prior.items()}
+                if isinstance(prior, dict)
+                else prior
+            ),
+        }
+
+    def _merged(self, known: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
+        if known is None:
+            return Quadratic(fisher, anchor)
+        return Quadratic(fisher + self._decay * known.grown(anchor).fisher, anchor)
+
+    def _passed(self, known: Quadratic) -> Quadratic:
+        return Quadratic(self._decay * known.fisher, known.anchor)
+
+    def _precision(self, name: str, known: Quadratic) -> Tensor:
+        fisher = known.fisher if self._decay == 1 else self._decay * known.fisher
+        if not isinstance(self._prior, dict):
+            return fisher + self._prior if self._prior else fisher
+        if name not in self._prior:
+            return fisher
+        prior = self._prior[name].to(fisher.device, fisher.dtype)
+        if prior.dim() and prior.shape[0] < fisher.shape[0]:
+            prior = torch.cat([prior, prior.new_zeros(fisher[prior.shape[0] :].shape)])
+        return fisher + prior
+
+
+def _checked_priors(priors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    problems = []
+    for name, prior in priors.items():
+        parameter = find(model, name) if isinstance(name, str) else None
+        if parameter is None:
+            known = nearest(str(name), named_parameters(model))
+            problems.append(f"no parameter is named {name!r} ({known})")
+        elif not isinstance(prior, Tensor):
+            problems.append(f"{name!r} has a {type(prior).__name__} for a tensor")
+        elif prior.is_complex() or prior.dtype is torch.bool:
+            problems.append(f"{name!r} has dtype {prior.dtype}")
+        elif prior.shape != parameter.shape:
+            problems.append(
+                f"{name!r} has shape {tuple(prior.shape)}, the parameter {tuple(parameter.shape)} "
+                "(nothing is broadcast)"
+            )
+        elif not (prior.isfinite() & (prior >= 0)).all():
+            problems.append(f"{name!r} has negative, infinite or NaN entries")
+    if problems:
+        raise ValueError(
+            "prior_precision must be a number >= 0 or {name: tensor}, finite, >= 0, of the "
+            "parameters' shapes: " + "; ".join(problems) + "."
+        )
+    return {
+        name: prior.detach().to(torch.promote_types(prior.dtype, torch.float32), copy=True)
+        for name, prior in priors.items()
+    }
