@@ -20,14 +20,6 @@ class Guard:
 
     def __enter__(self) -> Self:
         modules = list(self._model.modules())
-        self._flags = [(module, module.training) for module in modules]
-        for module in modules:
-            module.training = False
-        self._spaces = [
-            (space, dict(space))
-            for module in modules
-            for space in (module.__dict__, module._buffers, module._parameters, module._modules)
-        ]
         # A forward pass may write to buffers; to parameters only where an embedding keeps the
         # norm of its rows.
         writable = list(self._model.buffers()) + [
@@ -39,12 +31,24 @@ class Guard:
         self._values = [(tensor, tensor.detach().clone()) for tensor in writable]
         self._versions = [tensor._version for tensor in writable]
         self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+        # Last, because whatever fails before it (memory for the copies) must leave no trace.
+        self._flags = [(module, module.training) for module in modules]
+        for module in modules:
+            module.training = False
+        self._spaces = [
+            (space, dict(space))
+            for module in modules
+            for space in (module.__dict__, module._buffers, module._parameters, module._modules)
+            if isinstance(space, dict)  # scripted modules keep theirs out of reach
+        ]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.restore()
-        for module, training in self._flags:
-            module.training = training
+        try:
+            self.restore()
+        finally:
+            for module, training in self._flags:
+                module.training = training
 
     def restore(self) -> None:
         """Take back what the last run changed, so that the next one starts from the same."""

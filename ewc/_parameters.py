@@ -56,7 +56,7 @@ def find(model: nn.Module, name: str) -> nn.Parameter | None:
     Also finds a tied parameter by its other names.
     """
     steps = _steps(model, name)
-    return None if steps is None else steps[-1][0].get(steps[-1][1])
+    return None if steps is None else steps[-1][0][steps[-1][1]]
 
 
 def is_parametrized(model: nn.Module, name: str) -> bool:
@@ -182,7 +182,7 @@ class Live:
     def holds(self) -> bool:
         """Whether nothing on the paths was replaced, and no parameter changed its layout."""
         for registry, key, expected in self._edges:
-            if registry.get(key) is not expected:
+            if key not in registry or registry[key] is not expected:
                 return False
         for parameter, shape, dtype, device in self._layouts:
             if (
@@ -223,7 +223,7 @@ def _steps(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]] | No
     module = model
     for owner in owners:
         steps.append((module._modules, owner))
-        child = module._modules.get(owner)
+        child = _entry(module._modules, owner)
         if child is None:
             return None
         module = child
@@ -232,10 +232,15 @@ def _steps(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]] | No
             inner = module._modules[key]
             assert inner is not None
             module = inner
-    if module._parameters.get(last) is None:
+    if _entry(module._parameters, last) is None:
         return None
     steps.append((module._parameters, last))
     return steps
+
+
+def _entry(registry: Any, key: str) -> Any:
+    """`registry.get(key)`, which the registries of a scripted module lack."""
+    return registry[key] if key in registry else None  # noqa: SIM401
 
 
 def _read_item(item: object) -> tuple[str, torch.Tensor | None]:
