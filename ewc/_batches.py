@@ -121,6 +121,14 @@ class Batch:
         )
         return replace(self, size=stop - start, _leaves=leaves)
 
+    def pick(self, samples: Sequence[int]) -> "Batch":
+        """The batch of some of the samples, copied. The batch must be `vectorisable`."""
+        leaves = tuple(
+            leaf.index_select(dim, torch.tensor(samples, device=leaf.device))
+            for leaf, dim in zip(self.tensors, self.dims, strict=True)
+        )
+        return replace(self, size=len(samples), _leaves=leaves)
+
     def of_one(self, tensors: Sequence[Tensor]) -> Any:
         """The raw batch of one sample.
 

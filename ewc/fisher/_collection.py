@@ -1,8 +1,10 @@
 """One pass over the batches: from a model and its data to sums of squared gradients."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from ewc._batches import Batch, InvalidBatch, apply
 from ewc._guard import Guard
 from ewc._randomness import Randomness
+from ewc.fisher._eager import without_compilation
+from ewc.fisher._interception import Apart
 from ewc.fisher._mixing import refuse_batch_statistics, refuse_mixing
 from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
 from ewc.fisher._singly import add_singly
@@ -19,6 +23,11 @@ from ewc.fisher._vectorised import Recorded, Vectorised
 from ewc.likelihoods import Likelihood
 
 Forward = Callable[[nn.Module, Any], Any]
+
+
+_A_FEW = 4
+_OBJECTS = "a batch holds lists of objects, which vmap cannot take apart"
+_DIFFERS = "inside vmap its gradient is another than that of a single sample"
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,17 @@ class Squares:
         truncated: Whether `max_samples` ended the pass before the data did.
         paths: For each parameter which path computed it: `"rule"`, `"vmap"` (a copy per sample),
             `"loop"` (one sample at a time), or `"unused"`.
+        reasons: For each of those on the path `"loop"`, why it is there.
+        slow: Whether the model was run on single samples, on average, more than a few times for
+            each batch.
     """
 
     sums: dict[str, Tensor]
     samples: int
     truncated: bool
     paths: dict[str, str]
+    reasons: dict[str, str]
+    slow: bool
 
 
 def collect(
@@ -74,6 +88,7 @@ def collect(
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(without_compilation())
         stack.enter_context(randomness.unchanged_on_failure(generator))
         guard = stack.enter_context(Guard(model))
         refuse_batch_statistics(model)
@@ -81,7 +96,7 @@ def collect(
             randomness.seed_from(generator)
         run = _Pass(model, parameters, likelihood, forward, fisher_type, guard, randomness)
         truncated = run.over(batches, max_samples)
-    return Squares(run.sums, run.samples, truncated, run.paths)
+    return Squares(run.sums, run.samples, truncated, run.paths, run.reasons, run.slow)
 
 
 class _Pass:
@@ -99,6 +114,7 @@ class _Pass:
     ) -> None:
         self.sums = {name: _zeros(each) for name, each in parameters.items()}
         self.samples = 0
+        self.reasons: dict[str, str] = {}
         self._model = model
         self._parameters = parameters
         self._likelihood = likelihood
@@ -109,7 +125,8 @@ class _Pass:
         self._devices = {parameter.device for parameter in parameters.values()}
         self._device = next(iter(parameters.values())).device
         self._fast: Vectorised | None = None
-        self._slow: set[str] = set()
+        self._refusal = _OBJECTS
+        self._batches = self._singly = 0
         self._unchecked: list[tuple[int, Tensor]] = []
 
     def over(self, batches: Iterable[Any], max_samples: int | None) -> bool:
@@ -131,6 +148,7 @@ class _Pass:
                 self._try_out(batch.take(0, min(2, batch.size)))
             self._add(batch)
             self.samples += batch.size
+            self._batches += 1
             self._refuse_non_finite(number)
             if self.samples == max_samples:
                 truncated = truncated or not _was_last(batches, number)
@@ -150,8 +168,13 @@ class _Pass:
         if self._fast is not None:
             paths.update(dict.fromkeys(self._fast.by_rule, "rule"))
             paths.update(dict.fromkeys(self._fast.by_copy, "vmap"))
-        paths.update(dict.fromkeys(self._slow, "loop"))
+        paths.update(dict.fromkeys(self.reasons, "loop"))
         return paths
+
+    @property
+    def slow(self) -> bool:
+        """Whether single samples took more than a few runs for each batch."""
+        return self._singly > _A_FEW * self._batches
 
     def _terms(self, raw: Any, samples: int) -> Tensor:
         outputs, rest = apply(self._model, raw, self._forward)
@@ -173,16 +196,43 @@ class _Pass:
         expected = {name: torch.zeros_like(each) for name, each in self.sums.items()}
         found = {name: torch.zeros_like(each) for name, each in self.sums.items()}
         self._add_singly(batch, expected, set(expected))
+        if not batch.vectorisable:
+            return
         fast = Vectorised(self._parameters, self._terms)
+
+        def run(totals: Mapping[str, Tensor]) -> None:
+            try:
+                self._reverse(self._record(fast, batch, totals))
+            except Apart:
+                for n in range(batch.size):
+                    self._reverse(self._record(fast, batch.take(n, n + 1), totals))
+
         try:
-            self._reverse(self._record(fast, batch, found))
+            run(found)
         except InvalidBatch:
             raise
-        except Exception:  # whatever vmap refuses; the slow path has just shown that it does not
+        except Exception as error:  # whatever vmap refuses; the slow path has just shown it does
+            scratch = {name: torch.zeros_like(each) for name, each in self.sums.items()}
+            self._give_up(error, lambda: run(scratch))
             return
         if self._fisher_type != "mc":  # whose two runs have drawn different targets
-            fast.left_out |= _differing(found, expected)
+            fast.left_out |= dict.fromkeys(_differing(found, expected), _DIFFERS)
         self._fast = fast
+
+    def _give_up(self, error: Exception, again: Callable[[], object]) -> None:
+        """Leave the fast paths because of `error`, if it comes again.
+
+        One that does not is no refusal of vmap's, but a fault of the user's model or likelihood.
+        """
+        try:
+            again()
+        except InvalidBatch:
+            raise
+        except Exception:
+            self._fast = None
+            self._refusal = _described(error)
+        else:
+            raise error
 
     def _add(self, batch: Batch) -> None:
         """Add the squares of all samples of the batch."""
@@ -191,19 +241,32 @@ class _Pass:
             size = batch.size if self._fast is None else self._fast.limit
             chunk = batch.take(done, min(done + size, batch.size))
             done += chunk.size
-            slow = set(self.sums)
-            if self._fast is not None:
+            slow = dict.fromkeys(self.sums, self._refusal)
+            if not chunk.vectorisable:
+                slow = dict.fromkeys(self.sums, _OBJECTS)
+            elif self._fast is not None:
+                fast = self._fast
                 try:
-                    recorded = self._record(self._fast, chunk, self.sums)
+                    recorded = self._record(fast, chunk, self.sums)
                 except InvalidBatch:
                     raise
-                except Exception:  # a branch that only these data take; nothing is added yet
-                    self._fast = None
+                except Apart as apart:
+                    if len(apart.groups) <= chunk.size / 2:
+                        for group in apart.groups:
+                            self._add(chunk.pick(group))
+                        continue
+                    # Nearly every sample goes a way of its own: nothing to do together.
+                    slow = dict.fromkeys(self.sums, str(apart))
+                except Exception as error:  # a branch that only these data take
+                    self._give_up(error, partial(self._record, fast, chunk, self.sums))
+                    slow = dict.fromkeys(self.sums, self._refusal)
                 else:
                     self._reverse(recorded)
-                    slow = self._fast.left_out
+                    slow = fast.left_out
             if slow:
-                self._slow |= self._add_singly(chunk, self.sums, slow)
+                self._singly += chunk.size
+                for name in self._add_singly(chunk, self.sums, set(slow)):
+                    self.reasons.setdefault(name, slow[name])
 
     def _record(self, fast: Vectorised, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded:
         """Run forward on the fast paths, anew whenever a parameter has to change its path."""
@@ -234,8 +297,9 @@ class _Pass:
         By then the verdict is there, and reading it does not hold up the next batch.
         """
         if number is not None:
-            largest = torch._foreach_norm(list(self.sums.values()), torch.inf)
-            finite = torch.stack([each.isfinite().to(self._device) for each in largest])
+            finite = torch.stack(
+                [each.sum().isfinite().to(self._device) for each in self.sums.values()]
+            )
             self._unchecked.append((number, finite))
         late = 1 if number is not None and self._device.type != "cpu" else 0
         while len(self._unchecked) > late:
@@ -272,6 +336,12 @@ def _differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> s
         if bool(((found[name] - right).abs() > 0.05 * scale + noise).any()):
             names.add(name)
     return names
+
+
+def _described(error: Exception) -> str:
+    """An error in one line."""
+    text = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"vmap cannot do it ({type(error).__name__}: {text})"
 
 
 def _was_last(batches: Iterable[Any], number: int) -> bool:

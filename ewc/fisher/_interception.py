@@ -12,7 +12,7 @@ A parameter goes one way or the other for the whole pass. The first forward pass
 for all; what it meets that has no rule is remembered in `without_rule`, and the engine starts over.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -54,6 +54,24 @@ _VIEWS = {
     torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
 }
 """Functions whose result is part of the parameter itself, in another shape."""
+
+READING = {
+    getattr(torch.Tensor, name)
+    for name in ("__bool__", "__float__", "__index__", "__int__", "item", "tolist")
+}
+"""Functions that read values out of a tensor, for a model to branch on."""
+
+
+class Apart(Exception):  # noqa: N818 - it says what is the case, as StopIteration does
+    """The samples of a batch must go apart: the model reads different values from them.
+
+    Attributes:
+        groups: The samples that agree, so far.
+    """
+
+    def __init__(self, groups: list[list[int]]) -> None:
+        super().__init__("the model reads values out of a tensor that differ between samples")
+        self.groups = groups
 
 
 @dataclass
@@ -223,8 +241,12 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._copies:
             args, kwargs = self._with_copies(args), self._with_copies(kwargs)
-        found = list(self._protected((args, kwargs)))
-        if not torch.is_grad_enabled() or not (found or func in ALWAYS):
+        found = self._protected(args)
+        if kwargs:
+            found += self._protected(kwargs.values())
+        if func in READING and _vmap.is_batched(args[0], self.level):
+            return self._read(func, *args, **kwargs)
+        if not (found or func in ALWAYS) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         try:
             if func in REWRITINGS:
@@ -249,17 +271,29 @@ class Interception(TorchFunctionMode):
             self.without_rule.update(view.name for view in found)
         return outputs
 
-    def _protected(self, arguments: Any) -> Iterator[View]:
+    def _protected(self, arguments: Iterable[Any]) -> list[View]:
         """The protected parameters, and parts of them, among the arguments of a call."""
-        if isinstance(arguments, Tensor):
-            view = self._views.get(id(arguments))
-            if view is not None:
-                yield view
-        elif isinstance(arguments, (tuple, list)):
-            for argument in arguments:
-                yield from self._protected(argument)
-        elif isinstance(arguments, dict):
-            yield from self._protected(tuple(arguments.values()))
+        views = self._views
+        found = []
+        for argument in arguments:
+            if id(argument) in views:
+                found.append(views[id(argument)])
+            elif isinstance(argument, (tuple, list)):
+                found += self._protected(argument)
+        return found
+
+    def _read(self, func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Read values out of a tensor that has others for each sample, if they are the same."""
+        values = _vmap.physical(tensor, self.level)
+        if values is None or _vmap.level() != self.level:
+            return func(tensor, *args, **kwargs)
+        compared = values.bool() if func is torch.Tensor.__bool__ else values
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for sample, row in enumerate(compared.reshape(self.count, -1).tolist()):
+            groups.setdefault(tuple(row), []).append(sample)
+        if len(groups) > 1:
+            raise Apart(list(groups.values()))
+        return func(values[0], *args, **kwargs)
 
     def _with_copies(self, arguments: Any) -> Any:
         """The arguments of a call, parameters replaced by their copy for each sample."""

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ewc._batches import Batch
+from ewc.fisher._interception import READING
 
 Record = list[tuple[str, list[Tensor], list[Tensor]]]
 
@@ -84,14 +85,8 @@ class _Readings(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.seen = self.seen or func in _READING
+        self.seen = self.seen or func in READING
         return func(*args, **(kwargs or {}))
-
-
-_READING = {
-    getattr(Tensor, name)
-    for name in ("__bool__", "__float__", "__index__", "__int__", "item", "tolist")
-}
 
 
 def _recorder(name: str, record: Record) -> Callable[[nn.Module, Any, Any], None]:
