@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from ewc.fisher.gradients import Gradient, Total
+from ewc.fisher.gradients import Gradient, Outer, Total, work_elements
 from ewc.fisher.rules._registry import Operation, rule
 
 
@@ -45,34 +45,94 @@ class Patches(Gradient):
         self.read, self.out, self.shape = read, out, tuple(shape)
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.samples = read.shape[0]
+        self._places = tuple(out.shape[3:])
+        self._per_row = out.shape[1] * math.prod(self._places[1:]) * math.prod(shape[1:]) * groups
 
     @override
     def work(self, total: Tensor) -> int:
-        places = math.prod(self.out.shape[3:]) * self.out.shape[1]
-        return max(total.numel(), math.prod(self.shape[1:]) * self.groups * places)
+        return max(total.numel(), self._per_row * min(self._places[0], self._rows(total)))
 
     @override
     def per_sample(self, start: int, stop: int) -> Tensor:
-        patches = self._patches(start, stop)
-        out = torch.unflatten(self.out[start:stop].flatten(3), 2, (self.groups, -1))
-        product = out @ patches.mT
-        return product.sum(1).reshape(-1, *self.shape)
+        # An image too large to write out all its patches is done some rows at a time.
+        rows = self._rows(self.out)
+        product = self._product(start, stop, 0, rows)
+        for top in range(rows, self._places[0], rows):
+            product += self._product(start, stop, top, top + rows)
+        return product
 
-    def _patches(self, start: int, stop: int) -> Tensor:
-        """`[n, b, g, (c, k), p]`: copied, since a view with repeated elements has no product."""
-        read = self.read[start:stop]
+    @override
+    def add_squares(self, total: Tensor) -> None:
+        fits = self._rows(total) >= self._places[0]
+        if self.groups > 1 or not fits:
+            super().add_squares(total)
+        elif self.shape[1] * self.shape[-1] < self._places[-1]:
+            self._add_squares_channels_first(total)
+        else:
+            self._add_squares_channels_last(total)
+
+    def _add_squares_channels_first(self, total: Tensor) -> None:
+        """Patches `[n, (c, k), (b, p)]`, copied in runs along the last dimension of positions."""
+        squares = total.new_zeros(math.prod(self.shape[1:]), self.shape[0])
+        for start, stop in self._chunks(total):
+            patches = self._patches(start, stop, 0, self._places[0])
+            patches = patches.reshape(stop - start, squares.shape[0], -1)
+            Outer(patches.mT, self._out(start, stop)).add_squares(squares)
+        total.add_(squares.t().view(self.shape))
+
+    def _add_squares_channels_last(self, total: Tensor) -> None:
+        """Patches `[n, (b, p), (k, c)]`, copied in runs along the kernel and the channels."""
+        squares = total.new_zeros(self.shape[0], math.prod(self.shape[1:]))
+        read = self.read.movedim(2, -1).contiguous()
+        lead, space, channel = read.stride()[:2], read.stride()[2:-1], read.stride()[-1]
+        for start, stop in self._chunks(total):
+            view = read.as_strided(
+                (stop - start, read.shape[1], *self._places, *self.shape[2:], self.shape[1]),
+                (*lead, *_times(space, self.stride), *_times(space, self.dilation), channel),
+                start * lead[0],
+            )
+            patches = view.reshape(stop - start, -1, squares.shape[1])
+            Outer(self._out(start, stop), patches).add_squares(squares)
+        total.add_(squares.view(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1))
+
+    def _rows(self, tensor: Tensor) -> int:
+        """How many rows of positions may be written out at a time for one sample."""
+        return max(1, 8 * work_elements(tensor) // max(1, self._per_row))
+
+    def _chunks(self, total: Tensor) -> list[tuple[int, int]]:
+        """The samples to be done at a time, so that their patches stay in the cache."""
+        step = max(1, 2 * work_elements(total) // max(1, self._per_row * self._places[0]))
+        return [(n, min(n + step, self.samples)) for n in range(0, self.samples, step)]
+
+    def _out(self, start: int, stop: int) -> Tensor:
+        """`[n, (b, p), o]`."""
+        return self.out[start:stop].flatten(3).transpose(2, 3).flatten(1, 2)
+
+    def _patches(self, start: int, stop: int, top: int, bottom: int) -> Tensor:
+        """A view `[n, c, *k, b, *places]` of the rows `top` to `bottom - 1` of the positions."""
+        read = self.read[start:stop, :, :, top * self.stride[0] :]
         lead, space = read.stride()[:3], read.stride()[3:]
-        view = read.as_strided(
-            (*read.shape[:3], *self.shape[2:], *self.out.shape[3:]),
+        rows = min(bottom, self._places[0]) - top
+        return read.as_strided(
+            (stop - start, read.shape[2], *self.shape[2:], read.shape[1], rows, *self._places[1:]),
             (
-                *lead,
-                *(step * each for step, each in zip(space, self.dilation, strict=True)),
-                *(step * each for step, each in zip(space, self.stride, strict=True)),
+                *(lead[0], lead[2], *_times(space, self.dilation)),
+                *(lead[1], *_times(space, self.stride)),
             ),
             read.storage_offset(),
         )
-        rows = math.prod(self.shape[1:])
-        return view.reshape(*read.shape[:2], self.groups, rows, math.prod(self.out.shape[3:]))
+
+    def _product(self, start: int, stop: int, top: int, bottom: int) -> Tensor:
+        """The gradients that some rows of the positions give, `[n, *shape]`."""
+        n, group = stop - start, self.shape[0] // self.groups
+        patches = self._patches(start, stop, top, bottom)
+        patches = patches.reshape(n, self.groups, math.prod(self.shape[1:]), -1)
+        out = self.out[start:stop, :, :, top:bottom].transpose(1, 2)
+        return (out.reshape(n, self.groups, group, -1) @ patches.mT).reshape(n, *self.shape)
+
+
+def _times(strides: Sequence[int], steps: Sequence[int]) -> tuple[int, ...]:
+    return tuple(stride * step for stride, step in zip(strides, steps, strict=True))
 
 
 def _each(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
