@@ -11,8 +11,9 @@ for loader in tasks:
 """
 
 from ewc._context_mod import context_mod_forward
-from ewc._ewc import EWC, ZeroFisherWarning
+from ewc._ewc import EWC
 from ewc._online import OnlineEWC
+from ewc._warnings import NothingProtectedWarning, SlowPathWarning, ZeroFisherWarning
 from ewc.likelihoods import Classification, Custom, Likelihood, Regression, TimeSeries
 
 __version__ = "0.1.0.dev0"
@@ -22,8 +23,10 @@ __all__ = [
     "Classification",
     "Custom",
     "Likelihood",
+    "NothingProtectedWarning",
     "OnlineEWC",
     "Regression",
+    "SlowPathWarning",
     "TimeSeries",
     "ZeroFisherWarning",
     "__version__",

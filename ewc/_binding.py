@@ -66,6 +66,7 @@ class Binding:
             trace=sum(one.sum().item() for one in precisions),
             largest=max(one.max().item() for one in precisions),
             paths=dict(squares.paths),
+            reasons=dict(squares.reasons),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc._binding import Binding, check_fit, traced_penalty
+from ewc._distributed import refuse_several_processes
 from ewc._parameters import (
     check_materialised,
     find,
@@ -29,6 +30,7 @@ from ewc._quadratic import Quadratic, snapshot
 from ewc._state import State, dump, restore
 from ewc._summary import Summary
 from ewc._validation import choice, number, positive_int
+from ewc._warnings import SlowPathWarning, ZeroFisherWarning
 from ewc.fisher import Squares, collect
 from ewc.likelihoods import Likelihood
 
@@ -40,10 +42,6 @@ _MEANS_TO_SUPPORT = {
     "exact": "exact_terms(outputs, *rest) -> [K, N]",
     "mc": "sample(outputs) -> targets",
 }
-
-
-class ZeroFisherWarning(UserWarning):
-    """A parameter has no influence on the likelihood: nothing protects it."""
 
 
 class EWC:
@@ -73,8 +71,9 @@ class EWC:
         reduction: `"mean"`: the Fisher is averaged over samples. `"sum"`: it is the sum over all
             samples of the task, `N` times that.
         max_samples: At most so many samples per consolidation, over all processes together.
-        process_group: Where batches are sharded over processes. `None`: the model's own, else the
-            world. Shared by `copy.deepcopy`, dropped by pickle.
+        process_group: Where batches are sharded over processes. `None`: the world, if it is
+            initialised. More than one rank is refused as yet; a group of one rank opts out.
+            Shared by `copy.deepcopy`, dropped by pickle.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -197,9 +196,11 @@ class EWC:
             TypeError: An argument is of the wrong kind.
             ValueError: An argument is out of range, the data or the likelihood is not as it
                 should be, or every entry of the Fisher is zero.
+            NotImplementedError: The process group has more than one rank.
 
         Warns:
             ZeroFisherWarning: Once for each parameter whose Fisher is all zero.
+            SlowPathWarning: Once, where most samples had to be run one at a time.
         """
         if not isinstance(batches, Iterable):
             raise TypeError(
@@ -216,6 +217,7 @@ class EWC:
             raise TypeError(
                 f"generator must be a torch.Generator; found {type(generator).__name__}."
             )
+        refuse_several_processes(self._process_group)
         self._check_fit()
         parameters = self._to_collect()
 
@@ -242,19 +244,26 @@ class EWC:
                 raise ValueError(
                     "The Fisher of every parameter is zero; nothing would be protected. The "
                     "negative log-likelihood must depend on the parameters: are the outputs "
-                    "detached, or all positions masked or ignored?"
+                    "detached, all positions masked or ignored, or other parameters used?"
                 )
-            state = self._merged_state(parameters, fisher, silent)
+            state = self._merged_state(parameters, fisher, silent, squares.slow)
             binding = Binding(self._model, state, self._precision)
             summary = binding.summary(squares)
         for name in silent:
             if name not in self._state.warned and parameters[name].numel():
+                why = (
+                    "no gradient reached it (is it used, and not detached?)"
+                    if squares.paths[name] == "unused"
+                    else "every gradient that reached it is zero"
+                )
                 warnings.warn(
-                    f"The Fisher of {name!r} is zero in every entry: it has no influence on the "
-                    "likelihood of this task, which does not protect it.",
+                    f"The Fisher of {name!r} is zero in every entry: {why}. This task does not "
+                    "protect it.",
                     ZeroFisherWarning,
                     stacklevel=2,
                 )
+        if squares.slow and not self._state.warned_slow:
+            warnings.warn(_slow_message(squares), SlowPathWarning, stacklevel=2)
         self._state, self._binding = binding.state, binding
         return summary
 
@@ -325,6 +334,7 @@ class EWC:
         Warns:
             UserWarning: Once, where the model has parts that the state does not cover. They are
                 free until the next consolidation.
+            NothingProtectedWarning: Instead, where the state protects nothing at all.
         """
         with torch.inference_mode(False), torch.no_grad():
             restored = restore(
@@ -333,7 +343,9 @@ class EWC:
                 protected=self._trainable(),
                 configuration=self._configuration(),
             )
-        self._state = replace(restored, warned=self._state.warned)
+        self._state = replace(
+            restored, warned=self._state.warned, warned_slow=self._state.warned_slow
+        )
 
     def __repr__(self) -> str:
         return (
@@ -432,6 +444,7 @@ class EWC:
         parameters: Mapping[str, nn.Parameter],
         fisher: Mapping[str, Tensor],
         silent: list[str],
+        slow: bool,
     ) -> State:
         merged = {}
         for name in in_order(self._model, [*self._state.quadratics, *parameters]):
@@ -449,8 +462,12 @@ class EWC:
                 "Check the scale of the likelihood"
                 + (', or take reduction="mean".' if self._reduction == "sum" else ".")
             )
-        warned = self._state.warned.union(silent)
-        return State(merged, self._state.n_tasks + 1, warned)
+        return State(
+            merged,
+            self._state.n_tasks + 1,
+            self._state.warned.union(silent),
+            self._state.warned_slow or slow,
+        )
 
     def _zero(self) -> Tensor:
         parameters = list(self._trainable().values()) or list(self._model.parameters())
@@ -477,6 +494,19 @@ class EWC:
                 'Define it, or take fisher_type="empirical".'
             )
         return likelihood
+
+
+def _slow_message(squares: Squares) -> str:
+    """What went one sample at a time, and why."""
+    names: dict[str, list[str]] = {}
+    for name, reason in squares.reasons.items():
+        names.setdefault(reason, []).append(repr(name))
+    found = "; ".join(f"{', '.join(some)}, because {reason}" for reason, some in names.items())
+    return (
+        "The samples of this task were run one at a time, which gives the same Fisher and takes "
+        f"longer, for {found}. If that is too slow: a forward that torch.func.vmap can do, or a "
+        "rule of your own (ewc.fisher.rule)."
+    )
 
 
 def _checked_forward(forward: Forward | None) -> Forward | None:

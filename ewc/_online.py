@@ -15,6 +15,7 @@ from ewc._ewc import EWC
 from ewc._parameters import find, named_parameters, nearest
 from ewc._quadratic import Quadratic
 from ewc._validation import number
+from ewc._warnings import NothingProtectedWarning
 from ewc.likelihoods import Likelihood
 
 
@@ -51,7 +52,7 @@ class OnlineEWC(EWC):
         ValueError: An argument is out of range, or does not fit the model.
 
     Warns:
-        UserWarning: `decay` is 0 and there is no prior: the penalty would always be 0.
+        NothingProtectedWarning: `decay` is 0 and there is no prior: the penalty would always be 0.
     """
 
     _kind = "OnlineEWC"
@@ -92,6 +93,7 @@ class OnlineEWC(EWC):
             warnings.warn(
                 "decay=0 without a prior_precision makes every penalty 0: nothing is protected. "
                 "Give a decay > 0, or a prior.",
+                NothingProtectedWarning,
                 stacklevel=2,
             )
 

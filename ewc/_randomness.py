@@ -1,5 +1,7 @@
 """Random numbers: those that collection draws, and those that it must not use up."""
 
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,13 +59,22 @@ class Randomness:
 
     @contextmanager
     def unchanged_on_failure(self, generator: torch.Generator | None) -> Iterator[None]:
-        """Put the global state, and that of `generator`, back if an exception passes."""
+        """Put the global state, and that of `generator`, back if an exception passes.
+
+        Loaders may also draw from the global states of Python and NumPy.
+        """
         before = self._state()
+        python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        legacy = None if numpy is None else numpy.random.get_state()
         state = None if generator is None else generator.get_state()
         try:
             yield
         except BaseException:
             self._set(before)
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(legacy)
             if generator is not None and state is not None:
                 generator.set_state(state)
             raise

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from ewc._parameters import find, in_order, named_parameters, nearest
 from ewc._quadratic import Quadratic, anchor_dtype, curvature_dtype, fits, snapshot
+from ewc._warnings import NothingProtectedWarning
 
 VERSION = 1
+
+_TABLES = ("fisher", "anchor", "constant", "free_rows")
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class State:
         quadratics: By canonical name, in canonical order.
         n_tasks: How many consolidations there were.
         warned: Names that a `ZeroFisherWarning` was given for.
+        warned_slow: Whether a `SlowPathWarning` was given.
     """
 
     quadratics: Mapping[str, Quadratic] = field(default_factory=dict)
     n_tasks: int = 0
     warned: frozenset[str] = frozenset()
+    warned_slow: bool = False
 
     def clone(self) -> "State":
         """A copy that shares no tensor."""
@@ -102,6 +107,7 @@ def restore(
     Warns:
         UserWarning: Once, where the model has grown since: those parts are free until the next
             consolidation.
+        NothingProtectedWarning: Instead, where the state protects nothing at all.
     """
     if not isinstance(raw, Mapping):
         raise TypeError(
@@ -116,7 +122,14 @@ def restore(
         )
     unknown = [name for name in protected if name not in reader.names]
     notes = [*reader.grown, *(f"{name!r} is not in the state" for name in unknown)]
-    if notes:
+    if not quadratics:
+        warnings.warn(
+            f"This state protects nothing (n_tasks={n_tasks}): it was saved before the first "
+            "consolidation, or after all was forgotten. The penalty is 0 until the next one.",
+            NothingProtectedWarning,
+            stacklevel=3,
+        )
+    elif notes:
         warnings.warn(
             "The model has parts that this state does not cover; they are free until the next "
             f"consolidation: {'; '.join(notes)}.",
@@ -147,11 +160,13 @@ class _Reader:
             self.problems.append(f"'n_tasks' must be an integer >= 0; found {n_tasks!r}")
         names = self._get("parameters", [])
         if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-            self.problems.append("'parameters' must be a list of names")
+            self.problems.append(
+                f"'parameters' must be a list of names; found {type(names).__name__}"
+            )
             return {}, 0
         self.names = list(names)
-        tables = {key: self._table(key) for key in ("fisher", "anchor", "constant", "free_rows")}
-        if self._is_of_another_model():
+        tables = {key: self._table(key) for key in _TABLES}
+        if "parameters" in self._raw and self._is_of_another_model():
             return {}, 0
 
         quadratics = {}
@@ -162,10 +177,11 @@ class _Reader:
                 self.problems.append(
                     f"unexpected {name!r}: the model has no such parameter ({known})"
                 )
-            elif all(name in table for table in tables.values()):
-                quadratic = self._quadratic(name, parameter, tables)
-                if quadratic is not None:
-                    quadratics[name] = quadratic
+                continue
+            entries = {key: table[name] for key, table in tables.items() if name in table}
+            quadratic = self._quadratic(name, parameter, entries)
+            if quadratic is not None:
+                quadratics[name] = quadratic
         return quadratics, n_tasks
 
     def _check_header(self) -> None:
@@ -182,10 +198,15 @@ class _Reader:
                     f"{key!r} is {_show(found)} in the state and {_show(own)} in this object; "
                     "build the object as it was when the state was saved"
                 )
-        known = {"version", "n_tasks", "parameters", "fisher", "anchor", "constant", "free_rows"}
-        for key in self._raw:
-            if key not in known and key not in self._configuration:
-                self.problems.append(f"unexpected key {key!r}")
+        known = ["version", *self._configuration, "n_tasks", "parameters", *_TABLES]
+        for key, value in self._raw.items():
+            if key in known:
+                continue
+            if isinstance(value, Mapping) and {"version", "kind"} <= value.keys():
+                what = f"it holds a state itself: load state[{key!r}]"
+            else:
+                what = nearest(str(key), known)
+            self.problems.append(f"unexpected key {key!r} ({what})")
 
     def _get(self, key: str, default: Any) -> Any:
         if key not in self._raw:
@@ -194,11 +215,13 @@ class _Reader:
         return self._raw[key]
 
     def _table(self, key: str) -> Mapping[str, Any]:
-        """One dict of the state that has an entry for every name."""
-        table = self._get(key, dict.fromkeys(self.names))
+        """One dict of the state, which must have an entry for every name."""
+        table = self._get(key, {})
         if not isinstance(table, Mapping):
             self.problems.append(f"{key!r} must be a dict by name; found {type(table).__name__}")
             return {}
+        if key not in self._raw or "parameters" not in self._raw:
+            return table
         for name in self.names:
             if name not in table:
                 self.problems.append(f"missing {key}[{name!r}]")
@@ -220,19 +243,22 @@ class _Reader:
         return True
 
     def _quadratic(
-        self, name: str, parameter: nn.Parameter, tables: Mapping[str, Mapping[str, Any]]
+        self, name: str, parameter: nn.Parameter, entries: Mapping[str, Any]
     ) -> Quadratic | None:
-        """The quadratic of one parameter; None if it is free, or wrong."""
-        fisher, anchor, constant, free = (tables[key][name] for key in tables)
+        """The quadratic of one parameter; None if it is free, wrong or incomplete."""
         before = len(self.problems)
-        self._check_tensor("fisher", name, fisher, parameter, is_complex=False)
-        self._check_tensor("anchor", name, anchor, parameter, is_complex=parameter.is_complex())
+        for key in ("fisher", "anchor"):
+            if key in entries:
+                is_complex = key == "anchor" and parameter.is_complex()
+                self._check_tensor(key, name, entries[key], parameter, is_complex=is_complex)
+        constant = entries.get("constant", 0.0)
         if not isinstance(constant, float) or not 0 <= constant < math.inf:
             self.problems.append(
                 f"constant[{name!r}] must be a finite float >= 0; found {constant!r}"
             )
-        if len(self.problems) > before:
+        if len(self.problems) > before or len(entries) < len(_TABLES):
             return None
+        fisher, anchor, free = entries["fisher"], entries["anchor"], entries["free_rows"]
         if fisher.shape != anchor.shape:
             self.problems.append(
                 f"fisher[{name!r}] has shape {tuple(fisher.shape)}, its anchor "

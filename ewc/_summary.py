@@ -5,7 +5,7 @@ layer that fell back to a slower path costs time: both are visible only here.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _PATHS = {
     "rule": "closed form",
@@ -32,6 +32,7 @@ class Summary:
         paths: How the Fisher of each parameter of this consolidation was computed: `"rule"` (in
             closed form), `"vmap"` (from per-sample gradients), `"loop"` (one sample at a time), or
             `"unused"` (nothing reached the parameter).
+        reasons: Why the parameters that went one sample at a time did so.
     """
 
     task: int
@@ -39,6 +40,7 @@ class Summary:
     trace: float
     largest: float
     paths: Mapping[str, str]
+    reasons: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         lines = [
@@ -46,13 +48,15 @@ class Summary:
             f"largest entry {self.largest:.4g}",
             f"  stable steps: lr * strength < {self.bound:.4g}",
         ]
-        by_path: dict[str, list[str]] = {}
+        groups: dict[tuple[str, str], list[str]] = {}
         for name, path in self.paths.items():
-            by_path.setdefault(path, []).append(name)
-        for path, names in by_path.items():
+            groups.setdefault((path, self.reasons.get(name, "")), []).append(name)
+        for (path, reason), names in groups.items():
             shown = ", ".join(names[:_SHOWN])
             more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
             lines.append(f"  {path} ({_PATHS.get(path, path)}): {shown}{more}")
+            if reason:
+                lines.append(f"    because {reason}")
         return "\n".join(lines)
 
     @property

@@ -16,6 +16,9 @@ from ewc.fisher.gradients import Dense
 COPIES_BYTES = 2**26
 """How much memory the written-out gradients of copied parameters may take at a time."""
 
+UNSEEN = "it is used out of sight, in an autograd.Function or a scripted module"
+"""Why a parameter that the graph leads to, past all interception, is left out."""
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -59,8 +62,7 @@ class Vectorised:
     Attributes:
         by_rule: The names of the parameters that went by rule.
         by_copy: The names of those that went by a copy per sample.
-        left_out: The names of those that are left to another path. The engine adds those that
-            the model uses in a way that no interception can see.
+        left_out: The names of those that are left to another path, and why.
     """
 
     def __init__(
@@ -68,14 +70,14 @@ class Vectorised:
     ) -> None:
         self.by_rule: set[str] = set()
         self.by_copy = {name for name, each in parameters.items() if each.is_complex()}
-        self.left_out: set[str] = set()
+        self.left_out: dict[str, str] = {}
         self._parameters = dict(parameters)
         self._terms = terms
 
     @property
     def limit(self) -> int:
         """How many samples may go at once, so that copies stay within the memory allowed."""
-        copied = (self._parameters[name] for name in self.by_copy - self.left_out)
+        copied = (self._parameters[name] for name in self.by_copy - self.left_out.keys())
         size = sum(each.numel() * each.element_size() for each in copied)
         return max(1, COPIES_BYTES // max(1, size))
 
@@ -103,7 +105,7 @@ class Vectorised:
         copied = interception.without_rule | interception.entangled
         unseen = _reached(terms, seen) - copied
         self.by_copy |= copied
-        self.left_out |= unseen
+        self.left_out |= dict.fromkeys(unseen, UNSEEN)
         if copied or unseen:
             return None
         self.by_rule |= interception.by_rule
