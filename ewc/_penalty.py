@@ -142,6 +142,9 @@ class _Evaluate(Function):
         penalty: Penalty = ctx.penalty
         gradients, ctx.gradients = ctx.gradients, None
         needed = ctx.needs_input_grad[2:]
+        if ctx.strength == 0:  # also where the gradient has overflowed
+            zeros = zip(needed, ctx.saved_tensors, strict=True)
+            return (None, None, *(torch.zeros_like(p) if use else None for use, p in zeros))
         factor = grad * ctx.strength
         found: list[Tensor | None] = [None] * len(needed)
         if gradients is None or torch.is_grad_enabled():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc._batches import Batch
+from ewc.fisher._graph import nodes
 from ewc.fisher.gradients import add_square
 
 
@@ -28,11 +29,17 @@ def add_singly(
 
     Returns:
         The names of the parameters that a gradient arrived at.
+
+    Raises:
+        ValueError: If the model checkpoints activations in the reentrant way, past which only
+            `backward()` finds the parameters.
     """
     used = set()
     leaves = list(parameters.values())
     for n in range(batch.size):
         of_one = terms(batch.take(n, n + 1).raw, 1).squeeze(1)
+        if n == 0:
+            _refuse_reentrant(of_one)
         last = len(of_one) - 1
         for k, term in enumerate(of_one.unbind(0)):
             found = torch.autograd.grad(term, leaves, retain_graph=k < last, allow_unused=True)
@@ -42,3 +49,12 @@ def add_singly(
                     add_square(totals[name], gradient)
         restore()
     return used
+
+
+def _refuse_reentrant(terms: Tensor) -> None:
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(terms)):
+        raise ValueError(
+            "expected a model whose gradients torch.autograd.grad finds; found reentrant "
+            "activation checkpointing, inside which it finds none: the Fisher of the parameters "
+            "there would be zero. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )

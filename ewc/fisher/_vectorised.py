@@ -1,7 +1,7 @@
 """All samples of a batch in one forward and one reverse pass, by rules and copies per sample."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ewc import _vmap
 from ewc._batches import Batch
+from ewc.fisher._graph import nodes
 from ewc.fisher._interception import Interception
 from ewc.fisher.gradients import Dense
 
@@ -119,21 +120,5 @@ def _reached(terms: Tensor, parameters: Mapping[str, nn.Parameter]) -> set[str]:
     of a custom `autograd.Function`, or of a scripted module.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
-    return {names[id(leaf)] for leaf in _leaves(terms) if id(leaf) in names}
-
-
-def _leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaves of the graph that `tensor` came from."""
-    todo = [tensor.grad_fn]
-    visited = set(todo)
-    while todo:
-        node = todo.pop()
-        if node is None:
-            continue
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            yield leaf
-        for following, _ in node.next_functions:
-            if following not in visited:
-                visited.add(following)
-                todo.append(following)
+    leaves = {id(getattr(node, "variable", None)) for node in nodes(terms)}
+    return {name for key, name in names.items() if key in leaves}
