@@ -30,7 +30,13 @@ class Guard:
         ]
         self._values = [(tensor, tensor.detach().clone()) for tensor in writable]
         self._versions = [tensor._version for tensor in writable]
-        self._gradients = [(parameter, parameter.grad) for parameter in self._model.parameters()]
+        parameters = list(self._model.parameters())
+        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
+        self._hooks = [
+            (parameter, parameter._backward_hooks)
+            for parameter in parameters
+            if parameter._backward_hooks
+        ]
         # Last, because whatever fails before it (memory for the copies) must leave no trace.
         self._flags = [(module, module.training) for module in modules]
         for module in modules:
@@ -41,6 +47,9 @@ class Guard:
             for space in (module.__dict__, module._buffers, module._parameters, module._modules)
             if isinstance(space, dict)  # scripted modules keep theirs out of reach
         ]
+        # They belong to training: they would change gradients, or even take an optimizer's step.
+        for parameter, _ in self._hooks:
+            parameter._backward_hooks = None
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -49,6 +58,8 @@ class Guard:
         finally:
             for module, training in self._flags:
                 module.training = training
+            for parameter, hooks in self._hooks:
+                parameter._backward_hooks = hooks
 
     def restore(self) -> None:
         """Take back what the last run changed, so that the next one starts from the same."""

@@ -18,7 +18,7 @@ from ewc.fisher._interception import Apart
 from ewc.fisher._mixing import refuse_batch_statistics, refuse_mixing
 from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
 from ewc.fisher._singly import add_singly
-from ewc.fisher._terms import terms
+from ewc.fisher._terms import Opaque, probe, terms
 from ewc.fisher._vectorised import Recorded, Vectorised
 from ewc.likelihoods import Likelihood
 
@@ -27,6 +27,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 _A_FEW = 4
 _OBJECTS = "a batch holds lists of objects, which vmap cannot take apart"
+_OPAQUE = "targets are drawn, and the model returns no tensor to hold vmap against single samples"
 _DIFFERS = "inside vmap its gradient is another than that of a single sample"
 
 
@@ -95,7 +96,10 @@ def collect(
         if fisher_type == "mc":
             randomness.seed_from(generator)
         run = _Pass(model, parameters, likelihood, forward, fisher_type, guard, randomness)
-        truncated = run.over(batches, max_samples)
+        try:
+            truncated = run.over(batches, max_samples)
+        except InvalidBatch as error:
+            raise InvalidBatch(f"in batch {run.place} (counted from 0): {error}") from error
     return Squares(run.sums, run.samples, truncated, run.paths, run.reasons, run.slow)
 
 
@@ -114,6 +118,7 @@ class _Pass:
     ) -> None:
         self.sums = {name: _zeros(each) for name, each in parameters.items()}
         self.samples = 0
+        self.place = 0
         self.reasons: dict[str, str] = {}
         self._model = model
         self._parameters = parameters
@@ -133,6 +138,7 @@ class _Pass:
         """Add up all batches; returns whether `max_samples` ended the pass before the data did."""
         truncated = False
         for number, raw in enumerate(batches):
+            self.place = number
             batch = Batch.read(
                 raw,
                 batch_dim=self._likelihood.batch_dim,
@@ -180,6 +186,9 @@ class _Pass:
         outputs, rest = apply(self._model, raw, self._forward)
         return terms(self._likelihood, self._fisher_type, outputs, rest, samples)
 
+    def _probe(self, raw: Any, samples: int) -> Tensor:
+        return probe(apply(self._model, raw, self._forward)[0])
+
     def _try_out(self, batch: Batch) -> None:
         """Hold the fast paths against the slow one, on one sample or two.
 
@@ -195,10 +204,16 @@ class _Pass:
                 )
         expected = {name: torch.zeros_like(each) for name, each in self.sums.items()}
         found = {name: torch.zeros_like(each) for name, each in self.sums.items()}
-        self._add_singly(batch, expected, set(expected))
+        # Drawn targets would be others in each run.
+        compared = self._probe if self._fisher_type == "mc" else self._terms
+        try:
+            self._add_singly(batch, expected, set(expected), compared)
+        except Opaque:
+            self._refusal = _OPAQUE
+            return
         if not batch.vectorisable:
             return
-        fast = Vectorised(self._parameters, self._terms)
+        fast = Vectorised(self._parameters, compared)
 
         def run(totals: Mapping[str, Tensor]) -> None:
             try:
@@ -215,8 +230,8 @@ class _Pass:
             scratch = {name: torch.zeros_like(each) for name, each in self.sums.items()}
             self._give_up(error, lambda: run(scratch))
             return
-        if self._fisher_type != "mc":  # whose two runs have drawn different targets
-            fast.left_out |= dict.fromkeys(_differing(found, expected), _DIFFERS)
+        fast.left_out |= dict.fromkeys(_differing(found, expected), _DIFFERS)
+        fast.terms = self._terms
         self._fast = fast
 
     def _give_up(self, error: Exception, again: Callable[[], object]) -> None:
@@ -265,7 +280,7 @@ class _Pass:
                     slow = fast.left_out
             if slow:
                 self._singly += chunk.size
-                for name in self._add_singly(chunk, self.sums, set(slow)):
+                for name in self._add_singly(chunk, self.sums, set(slow), self._terms):
                     self.reasons.setdefault(name, slow[name])
 
     def _record(self, fast: Vectorised, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded:
@@ -284,10 +299,16 @@ class _Pass:
         with torch.no_grad(), without_autocast(self._devices), full_precision():
             recorded.reverse()
 
-    def _add_singly(self, batch: Batch, totals: Mapping[str, Tensor], names: set[str]) -> set[str]:
+    def _add_singly(
+        self,
+        batch: Batch,
+        totals: Mapping[str, Tensor],
+        names: set[str],
+        terms: Callable[[Any, int], Tensor],
+    ) -> set[str]:
         parameters = {name: each for name, each in self._parameters.items() if name in names}
         with self._randomness.stream() as keep, without_cudnn():
-            used = add_singly(batch, parameters, totals, self._terms, self._guard.restore)
+            used = add_singly(batch, parameters, totals, terms, self._guard.restore)
             keep()
             return used
 

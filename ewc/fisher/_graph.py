@@ -19,3 +19,11 @@ def nodes(tensor: Tensor) -> Iterator[Any]:
             if following not in visited:
                 visited.add(following)
                 todo.append(following)
+
+
+def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The beginnings of that graph: the tensors that gradients would accumulate in."""
+    for node in nodes(tensor):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf

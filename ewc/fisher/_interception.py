@@ -61,6 +61,8 @@ READING = {
 }
 """Functions that read values out of a tensor, for a model to branch on."""
 
+_REVERSING = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
+
 
 class Apart(Exception):  # noqa: N818 - it says what is the case, as StopIteration does
     """The samples of a batch must go apart: the model reads different values from them.
@@ -246,6 +248,10 @@ class Interception(TorchFunctionMode):
             found += self._protected(kwargs.values())
         if func in READING and _vmap.is_batched(args[0], self.level):
             return self._read(func, *args, **kwargs)
+        if func in _REVERSING and _vmap.level() == self.level:
+            # What is watched would take these gradients for those of the terms, and those would
+            # not come back through them to the parameters.
+            raise RuntimeError("the model differentiates by autograd inside its forward")
         if not (found or func in ALWAYS) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         try:
@@ -313,6 +319,9 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Take a part of a parameter, and remember whose it is."""
         parts = func(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args[1:], kwargs))):
+            self.without_rule.add(view.name)  # indexed by a tensor, perhaps of the samples' own
+            return parts
         totals = func(view.total, *args[1:], **kwargs)
         many = isinstance(parts, (tuple, list))
         for part, total in zip(*((parts, totals) if many else ((parts,), (totals,))), strict=True):

@@ -47,8 +47,7 @@ def refuse_mixing(
 
     def run(part: Batch) -> list[Tensor]:
         try:
-            with torch.no_grad():
-                return _tensors(outputs(part.raw))
+            return _tensors(outputs(part.raw))
         finally:
             restore()
 

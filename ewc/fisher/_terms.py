@@ -9,11 +9,17 @@ The squared gradients of a sample's terms, summed, are its contribution to the F
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ewc import _vmap
 from ewc._batches import InvalidBatch
 from ewc.likelihoods import Likelihood
+
+
+class Opaque(Exception):  # noqa: N818 - it says what is the case, as StopIteration does
+    """What a model returns holds no tensor that `probe` finds."""
 
 
 def terms(
@@ -50,3 +56,21 @@ def terms(
     if not found.is_floating_point():
         raise InvalidBatch(f"expected {name}.{expected} of real numbers; found {found.dtype}")
     return found if dims == 2 else found.unsqueeze(0)
+
+
+def probe(outputs: Any) -> Tensor:
+    """A term of one sample that nothing is drawn for, `[1, 1]`: all outputs, weighed differently.
+
+    Raises:
+        Opaque: If no tensor is found in the outputs that depends on the parameters.
+    """
+    leaves = tree_leaves(outputs)
+    leaves += tree_leaves([vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")])
+    found = [leaf for leaf in leaves if _vmap.differentiable(leaf)]
+    if not found:
+        raise Opaque
+    weighed = []
+    for tensor in found:
+        flat = tensor.abs().flatten() if tensor.is_complex() else tensor.flatten()
+        weighed.append((flat * torch.arange(1.0, 1 + len(flat), device=flat.device).cos()).sum())
+    return torch.stack([each.to(weighed[0]) for each in weighed]).sum().view(1, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ewc import _vmap
 from ewc._batches import Batch
-from ewc.fisher._graph import nodes
+from ewc.fisher._graph import leaves_of
 from ewc.fisher._interception import Interception
 from ewc.fisher.gradients import Dense
 
@@ -28,29 +28,30 @@ class Recorded:
     Attributes:
         interception: What the pass recorded.
         terms: What is differentiated, K times `[N]`.
+        leaves: What the terms are differentiated by, so that gradients pass all that is watched:
+            the beginnings of the graph. Not only those that the interception has made: where
+            others lie before (inputs that require gradients, parameters that are not protected,
+            or go another way), it makes none.
         totals: For each parameter, where its squares are added.
     """
 
     interception: Interception
     terms: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
     totals: Mapping[str, Tensor]
 
     def reverse(self) -> None:
         """Run the reverse pass, once for each of the K terms, and add the squares."""
-        copies = self.interception.copies
-        roots = self.interception.roots
-        inputs = [*roots, *copies.values()]
-        if not inputs:
-            return
+        names = {id(copy): name for name, copy in self.interception.copies.items()}
         last = len(self.terms) - 1
         for k, term in enumerate(self.terms):
             found = torch.autograd.grad(
-                term, inputs, torch.ones_like(term), retain_graph=k < last, allow_unused=True
+                term, self.leaves, torch.ones_like(term), retain_graph=k < last, allow_unused=True
             )
             self.interception.flush()
-            for name, gradient in zip(copies, found[len(roots) :], strict=True):
-                if gradient is not None:
-                    Dense(gradient).add_squares(self.totals[name])
+            for leaf, gradient in zip(self.leaves, found, strict=True):
+                if gradient is not None and id(leaf) in names:
+                    Dense(gradient).add_squares(self.totals[names[id(leaf)]])
 
 
 class Vectorised:
@@ -61,6 +62,7 @@ class Vectorised:
         terms: `terms(raw, samples) -> [K, samples]`, differentiable.
 
     Attributes:
+        terms: The same.
         by_rule: The names of the parameters that went by rule.
         by_copy: The names of those that went by a copy per sample.
         left_out: The names of those that are left to another path, and why.
@@ -73,7 +75,7 @@ class Vectorised:
         self.by_copy = {name for name, each in parameters.items() if each.is_complex()}
         self.left_out: dict[str, str] = {}
         self._parameters = dict(parameters)
-        self._terms = terms
+        self.terms = terms
 
     @property
     def limit(self) -> int:
@@ -95,7 +97,7 @@ class Vectorised:
         def one(*tensors: Tensor) -> Tensor:
             interception.level = _vmap.level()
             with interception:
-                return self._terms(batch.of_one(list(tensors)), 1).squeeze(1)
+                return self.terms(batch.of_one(list(tensors)), 1).squeeze(1)
 
         with warnings.catch_warnings():
             # An operation that vmap does in a loop is no news to the user: the result is the same.
@@ -104,21 +106,14 @@ class Vectorised:
                 one, in_dims=tuple(batch.dims), out_dims=1, randomness="different"
             )(*batch.tensors)
         copied = interception.without_rule | interception.entangled
-        unseen = _reached(terms, seen) - copied
+        leaves = tuple(leaves_of(terms))
+        begin = {id(leaf) for leaf in leaves}
+        # An interception keeps all that it sees out of the graph, so what the graph leads to it
+        # did not see: arguments of a custom autograd.Function, or of a scripted module.
+        unseen = {name for name, parameter in seen.items() if id(parameter) in begin} - copied
         self.by_copy |= copied
         self.left_out |= dict.fromkeys(unseen, UNSEEN)
         if copied or unseen:
             return None
         self.by_rule |= interception.by_rule
-        return Recorded(interception, terms.unbind(0), totals)
-
-
-def _reached(terms: Tensor, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    """The names of the parameters that the graph of `terms` leads to.
-
-    An interception keeps all that it sees out of the graph, so these it did not see: arguments
-    of a custom `autograd.Function`, or of a scripted module.
-    """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    leaves = {id(getattr(node, "variable", None)) for node in nodes(terms)}
-    return {name for key, name in names.items() if key in leaves}
+        return Recorded(interception, terms.unbind(0), leaves, totals)

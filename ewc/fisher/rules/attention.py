@@ -13,6 +13,12 @@ from torch import Tensor
 from ewc.fisher.rules._registry import NotCovered, Operation, rule
 
 
+@rule(torch._nested_tensor_from_mask_left_aligned, always=True)
+def nested_tensor_from_mask_left_aligned(op: Operation, input: Tensor, mask: Tensor) -> bool:
+    """Asked by `nn.TransformerEncoder` before it packs; no stands for the same, not packed."""
+    return False
+
+
 @rule(F.scaled_dot_product_attention, always=True)
 def scaled_dot_product_attention(
     op: Operation,
