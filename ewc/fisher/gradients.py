@@ -16,6 +16,10 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 
+LOOP_PRODUCTS = 2**18
+"""How many multiplications make one sample's product on a CPU worth a call of its own."""
+
+
 def work_elements(tensor: Tensor) -> int:
     """How many elements of `tensor`'s kind may be written out at a time.
 
@@ -130,7 +134,7 @@ class Outer(Gradient):
         if left.shape[1] == 1:
             left, right = left.squeeze(1), right.squeeze(1)
             total.addmm_((left * left).t(), right * right)
-        elif total.is_cpu and 2 * total.numel() > work_elements(total):
+        elif total.is_cpu and left.shape[1] * total.numel() > LOOP_PRODUCTS:
             _add_squares_in_cache(total, left, right)
         else:
             Gradient.add_squares(Outer(left, right), total)

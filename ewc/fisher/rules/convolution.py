@@ -10,6 +10,7 @@ Index legend: `n` sample, `b` further batch dimension within a sample, `g` group
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class Patches(Gradient):
     """`grad[n, g, o, (c, k)] = sum_bp out[n, b, g, o, p] * patch[n, b, g, (c, k), p]`.
 
     Args:
-        read: `[N, B, C, *space]`, padded: what the patches are cut from.
+        read: `[N, B, C, *space]`: what the patches are cut from.
+        margins: How it is padded with zeros, as in `F.pad`.
         out: `[N, B, O, *places]`: what the patch of each position is multiplied with.
         shape: The weight's shape, `[O, C / groups, *kernel]`.
         stride: The step between patches, in each dimension.
@@ -36,17 +38,22 @@ class Patches(Gradient):
     def __init__(
         self,
         read: Tensor,
+        margins: list[int],
         out: Tensor,
         shape: Sequence[int],
         stride: Sequence[int],
         dilation: Sequence[int],
         groups: int,
     ) -> None:
-        self.read, self.out, self.shape = read, out, tuple(shape)
+        self.read, self.margins, self.out, self.shape = read, margins, out, tuple(shape)
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.samples = read.shape[0]
         self._places = tuple(out.shape[3:])
         self._per_row = out.shape[1] * math.prod(self._places[1:]) * math.prod(shape[1:]) * groups
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        return _pad(self.read, self.margins)
 
     @override
     def work(self, total: Tensor) -> int:
@@ -83,7 +90,7 @@ class Patches(Gradient):
     def _add_squares_channels_last(self, total: Tensor) -> None:
         """Patches `[n, (b, p), (k, c)]`, copied in runs along the kernel and the channels."""
         squares = total.new_zeros(self.shape[0], math.prod(self.shape[1:]))
-        read = self.read.movedim(2, -1).contiguous()
+        read = _pad(self.read.movedim(2, -1), [0, 0, *self.margins]).contiguous()
         lead, space, channel = read.stride()[:2], read.stride()[2:-1], read.stride()[-1]
         for start, stop in self._chunks(total):
             view = read.as_strided(
@@ -110,7 +117,7 @@ class Patches(Gradient):
 
     def _patches(self, start: int, stop: int, top: int, bottom: int) -> Tensor:
         """A view `[n, c, *k, b, *places]` of the rows `top` to `bottom - 1` of the positions."""
-        read = self.read[start:stop, :, :, top * self.stride[0] :]
+        read = self._padded[start:stop, :, :, top * self.stride[0] :]
         lead, space = read.stride()[:3], read.stride()[3:]
         rows = min(bottom, self._places[0]) - top
         return read.as_strided(
@@ -185,8 +192,9 @@ def _define(
         out = _folded(convolution, op, x, value, bias, dims, options)
 
         def weight_gradient(g: Tensor) -> Patches:
-            read = _pad(_images(x, dims), margins)
-            return Patches(read, _images(g, dims), value.shape, steps, gaps, groups)
+            return Patches(
+                _images(x, dims), margins, _images(g, dims), value.shape, steps, gaps, groups
+            )
 
         return op.watch(out, {weight: weight_gradient, bias: lambda g: _bias(g, dims)})
 
@@ -216,8 +224,9 @@ def _define(
         out = _folded(transposed, op, x, value, bias, dims, options)
 
         def weight_gradient(g: Tensor) -> Patches:
-            read = _pad(_images(g, dims), margins)
-            return Patches(read, _images(x, dims), value.shape, steps, gaps, groups)
+            return Patches(
+                _images(g, dims), margins, _images(x, dims), value.shape, steps, gaps, groups
+            )
 
         return op.watch(out, {weight: weight_gradient, bias: lambda g: _bias(g, dims)})
 

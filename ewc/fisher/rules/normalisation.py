@@ -26,11 +26,14 @@ def _affine(
         summed = summands.sum(shared) if shared else summands
         return Total(summed.unsqueeze(1))
 
-    out = normal
-    if weight is not None:
-        out = out * op.value(weight).view(shape)
-    if bias is not None:
-        out = out + op.value(bias).view(shape)
+    scale = None if weight is None else op.value(weight).view(shape)
+    shift = None if bias is None else op.value(bias).view(shape)
+    if scale is not None and shift is not None:
+        out = torch.addcmul(shift, normal, scale)
+    elif scale is not None:
+        out = normal * scale
+    else:
+        out = normal if shift is None else normal + shift
     return op.watch(
         out,
         {weight: lambda g: total(g * normal.detach()), bias: total},
