@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-
 LOOP_PRODUCTS = 2**18
 """How many multiplications make one sample's product on a CPU worth a call of its own."""
 
