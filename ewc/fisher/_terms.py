@@ -7,11 +7,11 @@ The squared gradients of a sample's terms, summed, are its contribution to the F
 - `"exact"`: as many terms as the expectation over that distribution takes.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ewc import _vmap
 from ewc._batches import InvalidBatch
@@ -64,13 +64,28 @@ def probe(outputs: Any) -> Tensor:
     Raises:
         Opaque: If no tensor is found in the outputs that depends on the parameters.
     """
-    leaves = tree_leaves(outputs)
-    leaves += tree_leaves([vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__")])
-    found = [leaf for leaf in leaves if _vmap.differentiable(leaf)]
-    if not found:
-        raise Opaque
     weighed = []
-    for tensor in found:
+    for tensor in _differentiable(outputs, set()):
         flat = tensor.abs().flatten() if tensor.is_complex() else tensor.flatten()
         weighed.append((flat * torch.arange(1.0, 1 + len(flat), device=flat.device).cos()).sum())
+    if not weighed:
+        raise Opaque
     return torch.stack([each.to(weighed[0]) for each in weighed]).sum().view(1, 1)
+
+
+def _differentiable(value: Any, visited: set[int]) -> Iterator[Tensor]:
+    """The tensors that depend on the parameters, in containers and attributes of objects."""
+    if id(value) in visited:
+        return
+    visited.add(id(value))
+    if isinstance(value, Tensor):
+        if _vmap.differentiable(value):
+            yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _differentiable(each, visited)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _differentiable(each, visited)
+    elif hasattr(value, "__dict__"):
+        yield from _differentiable(vars(value), visited)

@@ -257,6 +257,34 @@ def test_drawn_targets_where_the_outputs_are_no_tensor() -> None:
     assert set(found.paths.values()) == {"rule"}
 
 
+def test_drawn_targets_where_the_outputs_are_an_object() -> None:
+    class Density(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> torch.distributions.Distribution:
+            return torch.distributions.Independent(torch.distributions.Normal(self.mean(x), 2.0), 1)
+
+    net, (x, y) = Density().double(), data(4)
+    likelihood = Custom(lambda density, t: -density.log_prob(t), sample=lambda d: d.sample())
+    found = collected(net, [(x, y)], likelihood=likelihood, fisher_type="mc")
+    assert set(found.paths.values()) == {"rule"}
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            outputs = self.inner(x)
+            return lambda: outputs
+
+    likelihood = Custom(lambda f, t: nll(f(), t), sample=lambda f: f().argmin(1))
+    found = collected(Hidden().double(), [(x, y)], likelihood=likelihood, fisher_type="mc")
+    assert set(found.paths.values()) == {"loop"}
+
+
 def test_classes_drawn_by_the_built_in_likelihood_keep_their_paths() -> None:
     summary = EWC(layers(), Classification(), fisher_type="mc").consolidate([data(4)])
     assert set(summary.paths.values()) == {"rule"}
