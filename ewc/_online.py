@@ -112,6 +112,7 @@ class OnlineEWC(EWC):
     def _merged(self, known: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
         if known is None:
             return Quadratic(fisher, anchor)
+        anchor = anchor.to(known.anchor.dtype)  # never narrowed
         return Quadratic(fisher + self._decay * known.grown(anchor).fisher, anchor)
 
     def _passed(self, known: Quadratic) -> Quadratic:

@@ -62,7 +62,9 @@ class Quadratic:
     def beside(self, parameter: nn.Parameter) -> "Quadratic":
         """The same quadratic on the parameter's device, in no less than the parameter's dtype."""
         fisher = self.fisher.to(parameter.device, curvature_dtype(parameter, self.fisher.dtype))
-        anchor = self.anchor.to(parameter.device, anchor_dtype(parameter, self.anchor.dtype))
+        # No narrower than the Fisher, which a loaded state may have as float64 and it as float32.
+        wide = anchor_dtype(parameter, self.anchor.dtype, fisher.dtype)
+        anchor = self.anchor.to(parameter.device, wide)
         if fisher is self.fisher and anchor is self.anchor:
             return self
         return Quadratic(fisher, anchor, self.constant)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ewc import EWC, Classification
 
@@ -31,6 +32,18 @@ def make_task(seed: int = 0, batches: int = 2, size: int = 4) -> list[tuple[Tens
 def make_ewc(model: nn.Module | None = None, **options: object) -> tuple[nn.Module, EWC]:
     model = make_model() if model is None else model
     return model, EWC(model, Classification(), **options)
+
+
+def make(
+    kind: type[EWC], model: nn.Module | None = None, n_tasks: int = 1, **options: object
+) -> tuple[nn.Module, EWC]:
+    """A model and an object of this kind that has consolidated; then the model has moved on."""
+    model = make_model() if model is None else model
+    ewc = kind(model, Classification(), **options)
+    for seed in range(n_tasks):
+        ewc.consolidate(make_task(seed))
+        shift(model, seed)
+    return model, ewc
 
 
 def shift(model: nn.Module, seed: int = 0, by: float = 0.1) -> None:
@@ -70,3 +83,36 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
 
 def same_state(ewc: EWC, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> bool:
     return same(ewc.fisher, fisher) and same(ewc.anchor, anchor)
+
+
+def explicit_fisher(
+    model: nn.Module, task: list[tuple[Tensor, Tensor]], names: list[str] | None = None
+) -> dict[str, Tensor]:
+    """The Fisher of classification, one sample at a time by plain autograd."""
+    names = list(dict(model.named_parameters())) if names is None else names
+    parameters = [dict(model.named_parameters())[name] for name in names]
+    sums = [torch.zeros_like(p) for p in parameters]
+    samples = 0
+    for x, y in task:
+        for one, target in zip(x, y, strict=True):
+            nll = F.cross_entropy(model(one[None]), target[None])
+            for total, gradient in zip(sums, torch.autograd.grad(nll, parameters), strict=True):
+                total += gradient**2
+            samples += 1
+    return {name: total / samples for name, total in zip(names, sums, strict=True)}
+
+
+def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def grow(model: nn.Module, rows: int = 2) -> None:
+    """Give the head more outputs."""
+    old = model[2]
+    new = nn.Linear(old.in_features, old.out_features + rows)
+    with torch.no_grad():
+        new.weight[: old.out_features] = old.weight
+        new.bias[: old.out_features] = old.bias
+    model[2] = new

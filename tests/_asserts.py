@@ -1,0 +1,134 @@
+"""Properties that tests assert again and again."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+
+from ewc import EWC, _vmap
+from ewc.fisher._precision import _PRODUCTS
+
+
+@contextmanager
+def unchanged(ewc: EWC | None, model: nn.Module, *generators: torch.Generator) -> Iterator[None]:
+    """What happens inside leaves no trace: in the object, the model, or the process."""
+    before = _everything(ewc, model, generators)
+    yield
+    after = _everything(ewc, model, generators)
+    assert after.keys() == before.keys()
+    changed = [key for key in before if not _equal(before[key], after[key])]
+    assert not changed, f"changed: {', '.join(changed)}"
+
+
+@contextmanager
+def raises(kind: Any, *parts: str) -> Iterator[Any]:
+    """An error of this kind, whose message has all these parts."""
+    with pytest.raises(kind) as caught:
+        yield caught
+    message = str(caught.value)
+    missing = [part for part in parts if part not in message]
+    assert not missing, f"{missing} not in: {message}"
+
+
+def fails_at(call: int, error: BaseException) -> Callable[[], None]:
+    """A function that raises when it is called for the given time (from 1), and only then."""
+    calls = 0
+
+    def tick() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+
+    return tick
+
+
+def _everything(
+    ewc: EWC | None, model: nn.Module, generators: tuple[torch.Generator, ...]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if ewc is not None:
+        found |= _object(ewc)
+    found |= _model(model)
+    found |= _process()
+    for index, generator in enumerate(generators):
+        found[f"generator {index}"] = generator.get_state().clone()
+    return found
+
+
+def _object(ewc: EWC) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "n_tasks": ewc.n_tasks,
+        "strength": ewc.strength,
+        "names": list(ewc.fisher),
+        "chosen": ewc._chosen,
+        "warned": (ewc._state.warned, ewc._state.warned_slow),
+        "likelihood": id(ewc._likelihood),
+        "forward": id(ewc._forward),
+    }
+    for name, known in ewc._state.quadratics.items():
+        found[f"fisher of {name}"] = _bits(known.fisher)
+        found[f"anchor of {name}"] = _bits(known.anchor)
+        found[f"constant of {name}"] = known.constant
+    return found
+
+
+def _model(model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found[f"parameter {name}"] = (id(parameter), _bits(parameter))
+        found[f"requires_grad of {name}"] = parameter.requires_grad
+        found[f"hooks of {name}"] = (
+            list((parameter._backward_hooks or {}).items()),
+            list((parameter._post_accumulate_grad_hooks or {}).items()),
+        )
+        grad = parameter.grad
+        found[f"gradient of {name}"] = None if grad is None else (id(grad), _bits(grad))
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        found[f"buffer {name}"] = (id(buffer), _bits(buffer))
+    for name, module in model.named_modules():
+        found[f"flag of {name!r}"] = module.training
+        spaces = module.__dict__.items()
+        found[f"attributes of {name!r}"] = {key: id(value) for key, value in spaces}
+        found[f"hooks of {name!r}"] = {
+            key: list(value.items()) for key, value in spaces if key.endswith("hooks")
+        }
+    return found
+
+
+def _process() -> dict[str, Any]:
+    return {
+        "RNG of torch": torch.get_rng_state(),
+        "RNG of Python": random.getstate(),
+        "RNG of NumPy": [
+            part.tobytes() if isinstance(part, np.ndarray) else part
+            for part in np.random.get_state()
+        ],
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "precision of products": [backend.fp32_precision for backend in _PRODUCTS],
+        "cuDNN": torch.backends.cudnn.enabled,
+        "level of vmap": _vmap.level(),
+        "function modes": list(_get_current_function_mode_stack()),
+    }
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The values bit for bit, so that NaN equals itself and -0 is not 0."""
+    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    return dense.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one == other)

@@ -1,0 +1,214 @@
+"""Rows 9 to 14: batches and negative log-likelihoods that are not as they should be."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import DataLoader, TensorDataset
+
+from ewc import Classification, Custom, Regression
+from tests._asserts import raises, unchanged
+from tests._tasks import CLASSES, INPUTS, assert_close, explicit_fisher, make, make_model, make_task
+
+
+def refused(kind, batches, *parts, error=ValueError, options=None, **arguments):
+    """Both a first and a later consolidation refuse the batches, and leave no trace."""
+    for n_tasks in (0, 1):
+        model, ewc = make(kind, n_tasks=n_tasks, **(options or {}))
+        with unchanged(ewc, model), raises(error, *parts):
+            ewc.consolidate(batches() if callable(batches) else batches, **arguments)
+
+
+def exhausted():
+    batches = iter(make_task())
+    assert list(batches)
+    return batches
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        list,
+        lambda: iter(()),
+        exhausted,
+        lambda: [(torch.zeros(0, INPUTS), torch.zeros(0, dtype=torch.long))],
+        lambda: DataLoader(TensorDataset(torch.zeros(2, INPUTS)), batch_size=3, drop_last=True),
+    ],
+    ids=["list", "iterator", "exhausted generator", "empty batch", "drop_last"],
+)
+def test_row_09_no_sample(kind, batches):
+    refused(kind, batches, "at least one sample", "held none", "generator", "pass a fresh one")
+
+
+def test_row_09a_number_of_samples_unknown(kind):
+    options = {"reduction": "sum", "max_samples": 3}
+    (model, ewc) = (make_model(), None)
+    ewc = kind(model, Classification(), **options)
+    with (
+        unchanged(ewc, model),
+        raises(ValueError, 'reduction="sum" must know', "max_samples has cut", "Pass dataset_size"),
+    ):
+        ewc.consolidate(make_task())
+    ewc.consolidate(make_task(), dataset_size=8)
+    assert ewc.n_tasks == 1
+
+
+def test_row_10_empty_batches_are_skipped(kind):
+    empty = (torch.zeros(0, INPUTS), torch.zeros(0, dtype=torch.long))
+    first, second = make_task()
+    model, ewc = make(kind, n_tasks=0)
+    summary = ewc.consolidate([empty, first, empty, second, empty])
+    assert summary.samples == 8
+    assert_close(ewc.fisher, explicit_fisher(model, [first, second]))
+
+
+def test_row_10_a_smaller_last_batch_weighs_less(kind):
+    (x, y), *_ = make_task(size=7)
+    model, ewc = make(kind, n_tasks=0)
+    ewc.consolidate(DataLoader(TensorDataset(x, y), batch_size=3))
+    assert_close(ewc.fisher, explicit_fisher(model, [(x, y)]))
+
+
+def test_row_10a_max_samples_within_a_batch(kind):
+    (x, y), *_ = make_task(size=7)
+    model, ewc = make(kind, n_tasks=0, max_samples=5)
+    summary = ewc.consolidate(DataLoader(TensorDataset(x, y), batch_size=3))
+    assert summary.samples == 5
+    assert_close(ewc.fisher, explicit_fisher(model, [(x[:5], y[:5])]))
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+def test_row_11_any_batch_size_gives_the_same(kind, fisher_type):
+    (x, y), *_ = make_task(size=70)
+    x = x.double()
+    found = []
+    for size in (70, 1, 7, 64):
+        _, ewc = make(kind, make_model(dtype=torch.float64), 0, fisher_type=fisher_type)
+        ewc.consolidate(list(zip(x.split(size), y.split(size), strict=True)))
+        found.append(ewc.fisher)
+    for fisher in found[1:]:
+        for name, one in fisher.items():
+            torch.testing.assert_close(one, found[0][name], rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize(
+    ("batch", "structure"),
+    [
+        (SimpleNamespace(x=1), "SimpleNamespace"),
+        (3, "3"),
+        ("text", "'text'"),
+        (None, "None"),
+        ((), "()"),
+        ({}, "{}"),
+        (({"graph": SimpleNamespace()}, torch.zeros(4)), 'SimpleNamespace at batch[0]["graph"]'),
+    ],
+    ids=str,
+)
+def test_row_12_a_structure_that_cannot_be_read(kind, batch, structure):
+    good, _ = make_task()
+    for place, batches in enumerate(([batch], [good, batch])):
+        which = f"in batch {place} (counted from 0)"
+        refused(
+            kind, batches, which, "a batch is a list or tuple (inputs, *rest)", structure, "forward"
+        )
+
+
+def test_row_12_other_arguments_than_the_models(kind):
+    x, y = make_task()[0]
+    refused(
+        kind,
+        [((x, x), y)],
+        "Sequential.forward(input",
+        "found the batch ((Tensor[2, 5] float32, Tensor[2, 5] float32), Tensor[2] int64)",
+        "def forward(model, batch):",
+    )
+
+
+def test_row_12a_a_packed_sequence(kind):
+    packed = pack_sequence([torch.zeros(3, 2), torch.zeros(2, 2)])
+    refused(
+        kind,
+        [(packed, torch.zeros(2))],
+        "PackedSequence at batch[0]",
+        "pass the padded tensor and its lengths, and pack in forward",
+        "def forward(model, batch):",
+    )
+
+
+def test_row_12b_targets_are_missing(kind):
+    x, _ = make_task()[0]
+    refused(kind, [x], "needs the targets in the data", "bare tensor", "Tensor[4, 5]", '"exact"')
+
+
+def test_row_13_inputs_and_targets_of_different_lengths(kind):
+    x, y = make_task()[0]
+    for place, batches in enumerate(([(x, y[:3])], [(x, y), (x, y[:3])])):
+        parts = ("the same number of samples", "batch[0]: 4", "batch[1]: 3", "Mend")
+        refused(kind, batches, f"in batch {place}", *parts)
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1, 10**6])
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_row_13_a_label_outside_the_head(kind, label, at):
+    x, y = make_task(batches=1, size=8)[0]
+    y[at] = label
+    parts = (f"found {label}", "0 to 2", "ignore_index (-100)", "the labels, or the size")
+    refused(kind, [(x, y)], "in batch 0", *parts)
+    refused(kind, [*make_task(), (x, y)], "in batch 2", *parts)
+
+
+def test_row_13_a_label_outside_allowed_outputs(kind):
+    x, y = make_task(batches=1, size=8)[0]
+    refused(
+        kind,
+        [(x, y.clamp(max=2))],
+        "a place in allowed_outputs (0, 2), 0 to 1",
+        "found 2",
+        "target_transform",
+        likelihood=Classification([0, 2]),
+    )
+
+
+def test_row_13_regression_targets_of_another_shape(kind):
+    x, _ = make_task()[0]
+    for wrong in (torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, CLASSES + 1)):
+        found = f"[1, 3]; found Tensor{[1, *wrong.shape[1:]]} float32"
+        refused(kind, [(x, wrong)], found, "never broadcast", likelihood=Regression())
+
+
+@pytest.mark.parametrize(
+    ("nll", "parts"),
+    [
+        (F.cross_entropy, ["found a tensor of shape []", "reduction='none'"]),
+        (lambda o, y: F.cross_entropy(o, y).item(), ["found float"]),
+        (lambda o, y: o.log_softmax(1), ["found a tensor of shape [1, 3]", "reduction='none'"]),
+        (lambda o, y: torch.cat([o.sum(1)] * 2), ["found a tensor of shape [2]"]),
+        (lambda o, y: o.sum(1)[:0], ["found a tensor of shape [0]"]),
+        (lambda o, y: F.cross_entropy(o.detach(), y, reduction="none"), ["without a graph"]),
+        (lambda o, y: None, ["found NoneType"]),
+        (lambda o, y: o.sum(1).cfloat(), ["real numbers; found torch.complex64"]),
+    ],
+    ids=["scalar", "number", "unreduced", "too long", "too short", "detached", "none", "complex"],
+)
+def test_row_14_a_nll_that_is_none(kind, nll, parts):
+    expected = "expected Custom.nll(outputs, *rest) -> [1], one value per sample, not reduced"
+    refused(kind, make_task(), expected, *parts, likelihood=Custom(nll))
+
+
+def test_row_14_without_a_graph_under_no_grad(kind):
+    class NoGrad(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(INPUTS, CLASSES)
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.layer(x)
+
+    model = NoGrad()
+    ewc = kind(model, Classification())
+    with unchanged(ewc, model), raises(ValueError, "without a graph", "Do not detach", "no_grad"):
+        ewc.consolidate(make_task())

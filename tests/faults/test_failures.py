@@ -1,0 +1,239 @@
+"""Rows 15 to 17: a pass that fails, at any point, and a Fisher that is zero."""
+
+import copy
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ewc._ewc as module
+from ewc import EWC, Classification, Custom, Likelihood, ZeroFisherWarning
+from tests._asserts import fails_at, raises, unchanged
+from tests._tasks import CLASSES, INPUTS, make, make_model, make_task
+
+ERRORS = pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt("stop")])
+
+
+def with_input(value):
+    x, y = make_task(batches=1)[0]
+    x[2, 0] = value
+    return x, y
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25], ids=str)
+@pytest.mark.parametrize("place", [0, 2])
+def test_row_15_a_gradient_or_a_square_that_is_not_finite(kind, value, place):
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.clamp(-1, 1)) + x[:, :1] * self.bias
+
+    batches = make_task(batches=3)
+    batches[place] = with_input(value)
+    model = Linear(INPUTS, CLASSES)
+    ewc = kind(model, Custom(lambda outputs, targets: outputs.sum(1)))
+    ewc.consolidate(make_task())
+    with (
+        unchanged(ewc, model),
+        raises(ValueError, "expected finite", f"in batch {place}", "'bias'", "overflows", "scale"),
+    ):
+        ewc.consolidate(batches)
+
+
+def test_row_15_the_sum_overflows(kind):
+    model, ewc = make(kind, reduction="sum")
+    with unchanged(ewc, model), raises(ValueError, "'0.weight'", "overflows", 'reduction="mean"'):
+        ewc.consolidate(make_task(), dataset_size=10**60)
+
+
+class Ignored(nn.Module):
+    """A model with two parameters that do not matter."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = make_model()
+        self.unused = nn.Parameter(torch.ones(3))
+        self.multiplied = nn.Parameter(torch.ones(CLASSES))
+
+    def forward(self, x):
+        return self.body(x) + 0.0 * self.multiplied
+
+
+def test_row_16_one_warning_per_name_ever(kind):
+    ewc = kind(Ignored(), Classification())
+    with pytest.warns(ZeroFisherWarning) as caught:
+        ewc.consolidate(make_task())
+    texts = [str(one.message) for one in caught]
+    assert len(texts) == 2
+    assert "'unused' is zero in every entry: no gradient reached it" in texts[0]
+    assert "'multiplied' is zero in every entry: every gradient that reached it is" in texts[1]
+    assert caught[0].filename == __file__
+    ewc.consolidate(make_task())
+    copy.deepcopy(ewc).consolidate(make_task())
+    ewc.load_state_dict(ewc.state_dict())
+    ewc.consolidate(make_task())
+    assert not ewc.fisher["unused"].any()
+
+
+@pytest.mark.parametrize(
+    "nll",
+    [lambda y, t: 0.0 * y.sum(1), lambda y, t: y.sum(1).clamp(1e9, 2e9)],
+    ids=["times zero", "saturated"],
+)
+def test_row_16_all_zero(kind, nll):
+    for n_tasks in (0, 1):
+        model, ewc = make(kind, n_tasks=n_tasks)
+        with (
+            unchanged(ewc, model),
+            raises(ValueError, "Fisher of every parameter is zero", "detached", "masked"),
+        ):
+            ewc.consolidate(make_task(), likelihood=Custom(nll))
+
+
+def test_row_16_all_positions_ignored(kind):
+    model, ewc = make(kind)
+    task = [(x, torch.full_like(y, -100)) for x, y in make_task()]
+    with unchanged(ewc, model), raises(ValueError, "Fisher of every parameter is zero", "ignored"):
+        ewc.consolidate(task)
+
+
+def test_row_16_other_parameters_are_used(kind):
+    model = Ignored()
+    ewc = kind(model, Classification(), parameters=["unused"])
+    with unchanged(ewc, model), raises(ValueError, "Fisher of every", "or other parameters used"):
+        ewc.consolidate(make_task())
+
+
+class Fragile(nn.Module):
+    """Calls `tick` whenever it is run, forward or backward."""
+
+    def __init__(self, tick, backward=False):
+        super().__init__()
+        self.body = make_model()
+        self.register_buffer("runs", torch.zeros(()))
+        self.tick, self.backward = [tick], backward
+
+    def forward(self, x):
+        self.runs += 1
+        outputs = self.body(x)
+        if not self.backward:
+            self.tick[0]()
+        elif outputs.requires_grad:
+            outputs = Ticking.apply(outputs, self.tick[0])
+        return outputs
+
+
+class Ticking(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, tick):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.tick = inputs[1]
+
+    @staticmethod
+    def backward(ctx, g):
+        ctx.tick()
+        return g, None
+
+
+class Softmax(Likelihood):
+    """Calls `tick` whenever it is evaluated."""
+
+    def __init__(self, tick):
+        self.tick = tick
+
+    def nll(self, outputs, targets):
+        self.tick()
+        return Classification().nll(outputs, targets)
+
+
+def nothing():
+    pass
+
+
+def prepared(kind, place):
+    """An object in use, and a function that consolidates with something that ticks at `place`."""
+    model = Fragile(nothing, backward=place == "backward")
+    ewc = kind(model, Classification())
+    ewc.consolidate(make_task())
+    model.body[0].eval()
+    model.body[0].weight.grad = torch.randn(7, INPUTS)
+    task = make_task(1, batches=3)
+
+    def consolidate(tick):
+        def loader():
+            torch.rand(1), random.random(), np.random.rand()  # a loader that shuffles
+            for batch in task:
+                tick()
+                yield batch
+
+        model.tick[0] = tick if place in ("forward", "backward") else nothing
+        try:
+            ewc.consolidate(
+                loader() if place == "loader" else task,
+                likelihood=Softmax(tick) if place == "likelihood" else None,
+            )
+        finally:
+            model.tick[0] = nothing
+
+    return model, ewc, consolidate
+
+
+@ERRORS
+@pytest.mark.parametrize("place", ["loader", "forward", "likelihood", "backward"])
+def test_row_17_an_error_in_the_middle_is_raised_again(kind, place, error):
+    calls = []
+    prepared(kind, place)[2](lambda: calls.append(None))
+    model, ewc, consolidate = prepared(kind, place)
+    for call in range(1, len(calls) + 1):
+        with unchanged(ewc, model), raises(type(error), "stop") as caught:
+            consolidate(fails_at(call, error))
+        assert caught.value is error
+    consolidate(fails_at(len(calls) + 1, error))
+    assert ewc.n_tasks == 2
+
+
+@ERRORS
+@pytest.mark.parametrize("step", ["collect", "snapshot", "in_order", "Binding", "State"])
+def test_row_17a_an_error_while_committing(kind, monkeypatch, error, step):
+    model, ewc = make(kind)
+    expected = ewc().item()
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, unchanged(ewc, model), raises(type(error), "stop"):
+        patch.setattr(module, step, fail)
+        ewc.consolidate(make_task(1))
+    assert ewc().item() == expected
+
+
+def test_row_17b_a_warning_turned_error(kind):
+    model = Ignored()
+    ewc = kind(model, Classification())
+    for _ in range(2):
+        with unchanged(ewc, model), pytest.raises(ZeroFisherWarning):
+            ewc.consolidate(make_task())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ewc.consolidate(make_task())
+    assert ewc.n_tasks == 1
+
+
+def test_row_17_no_memory_for_the_copies_of_buffers(kind, monkeypatch):
+    model = nn.Sequential(nn.Linear(INPUTS, CLASSES), nn.BatchNorm1d(CLASSES))
+    ewc: EWC = kind(model, Classification())
+
+    def clone(tensor, **options):
+        raise torch.OutOfMemoryError("stop")
+
+    with unchanged(ewc, model):
+        with monkeypatch.context() as patch, raises(torch.OutOfMemoryError, "stop"):
+            patch.setattr(torch.Tensor, "clone", clone)
+            ewc.consolidate(make_task())

@@ -1,0 +1,423 @@
+"""Rows 28 to 31 and 47: states, and what must not load."""
+
+import ast
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+import ewc as package
+from ewc import Classification, NothingProtectedWarning, OnlineEWC
+from tests._asserts import raises, unchanged
+from tests._tasks import CLASSES, as_task, make, make_model, make_task, same, same_state, shift
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def fresh(ewc, model, **options):
+    return type(ewc)(copy.deepcopy(model), Classification(), **options)
+
+
+def add_output(model, rows=1):
+    head = model[2]
+    head.weight = nn.Parameter(torch.cat([head.weight.detach(), torch.ones(rows, 7)]))
+    head.bias = nn.Parameter(torch.cat([head.bias.detach(), torch.ones(rows)]))
+
+
+def through_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def equal_objects(one, other):
+    return (
+        same_state(one, other.fisher, other.anchor)
+        and one.n_tasks == other.n_tasks
+        and torch.equal(one(), other())
+    )
+
+
+def drop(*path):
+    def apply(state):
+        *owners, last = path
+        for owner in owners:
+            state = state[owner]
+        del state[last]
+
+    return apply
+
+
+def put(value, *path):
+    def apply(state):
+        *owners, last = path
+        for owner in owners:
+            state = state[owner]
+        state[last] = value
+
+    return apply
+
+
+def rename(state):
+    for key in ("fisher", "anchor", "constant", "free_rows"):
+        state[key]["0.wieght"] = state[key].pop("0.weight")
+    state["parameters"][0] = "0.wieght"
+
+
+def negative(state):
+    state["fisher"]["0.bias"][2] = -1.0
+
+
+def not_a_number(state):
+    state["fisher"]["0.bias"][2] = float("nan")
+
+
+def misspelt(state):
+    state["fishr"] = state.pop("fisher")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (drop("fisher"), ["missing key 'fisher'"]),
+        (drop("n_tasks"), ["missing key 'n_tasks'"]),
+        (drop("parameters"), ["missing key 'parameters'"]),
+        (drop("version"), ["missing key 'version'"]),
+        (drop("reduction"), ["missing key 'reduction'"]),
+        (drop("fisher", "0.bias"), ["missing fisher['0.bias']"]),
+        (drop("anchor", "0.bias"), ["missing anchor['0.bias']"]),
+        (drop("constant", "0.bias"), ["missing constant['0.bias']"]),
+        (drop("free_rows", "0.bias"), ["missing free_rows['0.bias']"]),
+        (put(torch.zeros(3), "fisher", "0.bais"), ["unexpected fisher['0.bais']", "'0.bias'"]),
+        (put(3, "other"), ["unexpected key 'other'"]),
+        (misspelt, ["missing key 'fisher'", "unexpected key 'fishr' (nearest: 'fisher'"]),
+        (rename, ["unexpected '0.wieght'", "no such parameter (nearest: '0.weight'"]),
+        (put(torch.zeros(8), "fisher", "0.bias"), ["shape (8,), the parameter (7,)"]),
+        (put(torch.zeros(6), "anchor", "0.bias"), ["shape (7,), its anchor (6,)"]),
+        (put(torch.zeros(7, 1), "fisher", "0.bias"), ["shape (7, 1), the parameter (7,)"]),
+        (negative, ["fisher['0.bias'] must be >= 0", "-1"]),
+        (not_a_number, ["fisher['0.bias'] must be finite"]),
+        (put(torch.full((7,), torch.inf), "anchor", "0.bias"), ["anchor['0.bias'] must be finite"]),
+        (put(torch.zeros(7).half(), "fisher", "0.bias"), ["fisher['0.bias']", "float16"]),
+        (put(torch.zeros(7).cfloat(), "anchor", "0.bias"), ["anchor['0.bias']", "complex64"]),
+        (put([0.0] * 7, "fisher", "0.bias"), ["fisher['0.bias'] must be a tensor; found list"]),
+        (put("x", "constant", "0.bias"), ["constant['0.bias'] must be a finite float"]),
+        (put(float("inf"), "constant", "0.bias"), ["constant['0.bias'] must be a finite float"]),
+        (put(8, "free_rows", "0.bias"), ["free_rows['0.bias']", "[0, 7]; found 8"]),
+        (put(2, "version"), ["'version' is 2", "versions up to 1", "later release"]),
+        (put("1", "version"), ["'version' is '1'"]),
+        (put(-1, "n_tasks"), ["'n_tasks' must be an integer >= 0; found -1"]),
+        (put(True, "n_tasks"), ["'n_tasks' must be an integer >= 0; found True"]),
+        (put("Other", "kind"), ["'kind' is 'Other' in the state and", "build the object as"]),
+        (put("sum", "reduction"), ["'reduction' is 'sum' in the state and 'mean' in this"]),
+        (put("mc", "fisher_type"), ["'fisher_type' is 'mc' in the state and 'empirical'"]),
+        (put([], "fisher"), ["'fisher' must be a dict by name; found list"]),
+        (put("abc", "parameters"), ["'parameters' must be a list of names; found str"]),
+        (put(None, "parameters"), ["'parameters' must be a list of names; found NoneType"]),
+    ],
+)
+def test_row_28_one_thing_wrong(kind, change, parts):
+    model, ewc = make(kind, n_tasks=2)
+    state = ewc.state_dict()
+    change(state)
+    with unchanged(ewc, model), raises(ValueError, "nothing was loaded", *parts) as caught:
+        ewc.load_state_dict(state)
+    assert str(caught.value).count("\n  - ") == len(
+        [part for part in parts if part.startswith(("missing", "unexpected"))] or [""]
+    ), "only what is wrong is said"
+
+
+@pytest.mark.parametrize("state", [None, 3, [], "state", torch.zeros(2)], ids=str)
+def test_row_28_not_a_dict(kind, state):
+    model, ewc = make(kind)
+    with unchanged(ewc, model), raises(TypeError, "must be a dict", type(state).__name__):
+        ewc.load_state_dict(state)
+
+
+def test_row_28_all_at_once(kind):
+    model, ewc = make(kind, n_tasks=2)
+    state = ewc.state_dict()
+    rename(state)
+    negative(state)
+    state["version"] = 7
+    state["fisher_type"] = "exact"
+    state["anchor"]["0.bias"] = torch.zeros(7).half()
+    del state["fisher"]["2.weight"]
+    del state["constant"]
+    state["anchor"]["2.bias"] = torch.zeros(9)
+    state["more"] = 1
+    with (
+        unchanged(ewc, model),
+        raises(
+            ValueError,
+            "nothing was loaded",
+            "'0.wieght'",
+            "fisher['0.bias']",
+            "anchor['0.bias']",
+            "missing fisher['2.weight']",
+            "anchor['2.bias'] has shape (9,)",
+            "missing key 'constant'",
+            "'version' is 7",
+            "'fisher_type' is 'exact'",
+            "unexpected key 'more'",
+        ),
+    ):
+        ewc.load_state_dict(state)
+
+
+def test_row_28_an_empty_dict(kind):
+    model, ewc = make(kind)
+    keys = ("version", "kind", "n_tasks", "parameters", "fisher", "anchor", "constant")
+    with unchanged(ewc, model), raises(ValueError, *(f"missing key {key!r}" for key in keys)):
+        ewc.load_state_dict({})
+
+
+@pytest.mark.parametrize("options", [{"decay": 0.5}, {"prior_precision": 1.0}])
+def test_row_28_another_configuration_of_online(options):
+    _, ewc = make(OnlineEWC)
+    model, other = make(OnlineEWC, **options)
+    with unchanged(other, model), raises(ValueError, f"{next(iter(options))!r} is"):
+        other.load_state_dict(ewc.state_dict())
+
+
+def test_row_28_another_class(kind):
+    kinds = {"EWC": package.OnlineEWC, "OnlineEWC": package.EWC}
+    model, ewc = make(kind)
+    _, other = make(kinds[kind.__name__])
+    with unchanged(ewc, model), raises(ValueError, f"'kind' is '{type(other).__name__}'"):
+        ewc.load_state_dict(other.state_dict())
+
+
+def test_row_28b_the_whole_checkpoint_instead_of_its_part(kind):
+    model, ewc = make(kind)
+    checkpoint = {"model": model.state_dict(), "ewc": ewc.state_dict()}
+    with unchanged(ewc, model), raises(ValueError, "holds a state itself: load state['ewc']"):
+        ewc.load_state_dict(checkpoint)
+    with unchanged(ewc, model), raises(ValueError, "unexpected key '0.weight'", "missing key"):
+        ewc.load_state_dict(checkpoint["model"])
+
+
+def test_row_28a_grown_head_and_new_module(kind):
+    model, ewc = make(kind, n_tasks=2)
+    state = ewc.state_dict()
+    add_output(model, 2)
+    model.append(nn.Linear(CLASSES + 2, CLASSES))
+    other = fresh(ewc, model)
+    with pytest.warns(UserWarning, match="free until the next") as caught:
+        other.load_state_dict(state)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    message = str(caught[0].message)
+    for part in (
+        "'2.weight' has 5 rows, the state 3",
+        "'2.bias' has 5 rows",
+        "'3.weight' is not in the state",
+        "'3.bias' is not in the state",
+    ):
+        assert part in message
+    assert other().item() == pytest.approx(ewc().item())
+    assert same(other.fisher, ewc.fisher)
+    other.consolidate(make_task(3))
+    assert other.fisher["2.weight"].shape == (CLASSES + 2, 7)
+    assert other.fisher["3.weight"].any()
+
+
+def test_row_28a_no_name_matches(kind):
+    _, ewc = make(kind)
+    model = nn.ModuleDict({"body": nn.Linear(2, 2)})
+    other = kind(model, Classification())
+    parts = ("none of its parameters is in the model", "'0.weight'", "'body.weight'")
+    with unchanged(other, model), raises(ValueError, *parts):
+        other.load_state_dict(ewc.state_dict())
+
+
+def save_and_load(ewc, other, path):
+    dcp.save({"ewc": ewc}, checkpoint_id=path, no_dist=True)
+    dcp.load({"ewc": other}, checkpoint_id=path, no_dist=True)
+
+
+@pytest.mark.parametrize("n_tasks", [1, 2])
+def test_row_29_into_a_fresh_object(kind, n_tasks):
+    model, ewc = make(kind, n_tasks=n_tasks)
+    other = fresh(ewc, model)
+    other.load_state_dict(through_file(ewc.state_dict()))
+    assert equal_objects(other, ewc)
+
+
+def test_row_29_a_wider_fisher_than_its_anchor(kind):
+    model, ewc = make(kind)
+    state = ewc.state_dict()
+    state["fisher"] = {name: one.double() for name, one in state["fisher"].items()}
+    other = fresh(ewc, model)
+    other.load_state_dict(state)
+    assert other().item() == pytest.approx(ewc().item())
+    other.consolidate(make_task(1))
+    other().backward()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("n_tasks", [0, 2])
+def test_row_29_through_a_distributed_checkpoint(kind, n_tasks, tmp_path):
+    options = {"prior_precision": {"0.bias": torch.rand(7)}} if kind is OnlineEWC else {}
+    model, ewc = make(kind, n_tasks=n_tasks, **options)
+    other = fresh(ewc, model, **options)
+    save_and_load(ewc, other, tmp_path)
+    assert equal_objects(other, ewc)
+    assert other.n_tasks == n_tasks
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_row_29_through_a_distributed_checkpoint_after_the_model_grew(kind, tmp_path):
+    model, ewc = make(kind, n_tasks=2)
+    add_output(model)
+    model.append(nn.Linear(CLASSES + 1, CLASSES))
+    other = fresh(ewc, model)
+    save_and_load(ewc, other, tmp_path)
+    assert equal_objects(other, ewc)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_row_29_never_silently_nothing(kind, tmp_path):
+    model, ewc = make(kind, n_tasks=2)
+    # The template of a fresh object has no place for a parameter that is frozen now.
+    model[0].requires_grad_(False)
+    other = fresh(ewc, model)
+    with raises(ValueError, "missing fisher['0.weight']"):
+        save_and_load(ewc, other, tmp_path)
+    assert not other.fisher
+
+
+@pytest.mark.parametrize("how", ["fresh", "forgotten"])
+def test_row_29a_a_state_that_protects_nothing(kind, how):
+    model, ewc = make(kind, n_tasks=0 if how == "fresh" else 2)
+    if how == "forgotten":
+        ewc.forget(*ewc.fisher)
+    other_model, other = make(kind)
+    with pytest.warns(NothingProtectedWarning, match="protects nothing.*penalty is 0") as caught:
+        other.load_state_dict(ewc.state_dict())
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert f"n_tasks={ewc.n_tasks}" in str(caught[0].message)
+    assert other().item() == 0.0
+    other.consolidate(make_task())
+    shift(other_model)
+    assert other().item() > 0.0
+
+
+def spoil(state):
+    for key in ("fisher", "anchor"):
+        for tensor in state[key].values():
+            tensor.fill_(-7.0)
+        state[key].clear()
+    state["constant"].clear()
+    state["parameters"].clear()
+
+
+def test_row_30_mutating_a_returned_state(kind):
+    model, ewc = make(kind, n_tasks=2)
+    with unchanged(ewc, model):
+        spoil(ewc.state_dict())
+    for tensor in (*ewc.state_dict()["fisher"].values(), *ewc.state_dict()["anchor"].values()):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_row_30_mutating_a_loaded_state(kind):
+    model, ewc = make(kind, n_tasks=2)
+    state = ewc.state_dict()
+    other = fresh(ewc, model)
+    other.load_state_dict(state)
+    spoil(state)
+    assert equal_objects(other, ewc)
+
+
+def test_row_30a_mutating_fisher_and_anchor(kind):
+    model, ewc = make(kind)
+    with unchanged(ewc, model):
+        for found in (ewc.fisher, ewc.anchor):
+            for tensor in found.values():
+                tensor.zero_()
+            found.clear()
+
+
+def test_row_30a_a_prior_is_copied():
+    prior = torch.ones(7)
+    model, ewc = make(OnlineEWC, prior_precision={"0.bias": prior})
+    expected = ewc().item()
+    prior.mul_(100.0)
+    ewc.state_dict()["prior_precision"]["0.bias"].mul_(100.0)
+    other = OnlineEWC(model, Classification(), prior_precision={"0.bias": torch.ones(7)})
+    other.load_state_dict(ewc.state_dict())
+    assert other().item() == expected
+
+
+def test_row_31_any_wrapper(kind, tmp_path):
+    model = make_model()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        wrapped = [
+            model,
+            torch.compile(copy.deepcopy(model), backend="eager"),
+            nn.DataParallel(copy.deepcopy(model)),
+            nn.parallel.DistributedDataParallel(copy.deepcopy(model)),
+            nn.Sequential(
+                torch.compile(copy.deepcopy(model[0]), backend="eager"),
+                model[1],
+                copy.deepcopy(model[2]),
+            ),
+        ]
+        objects = [kind(one, Classification()) for one in wrapped]
+        for ewc in objects:
+            ewc.consolidate(make_task())
+        expected = as_task(objects[0])
+        for source in objects:
+            for target in objects:
+                target.load_state_dict(source.state_dict())
+                assert same_state(target, *expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_row_47_a_state_loads_with_weights_only(kind):
+    options = {"prior_precision": {"0.bias": torch.rand(7)}} if kind is OnlineEWC else {}
+    model, ewc = make(kind, n_tasks=2, **options)
+    state = through_file({"model": model.state_dict(), "ewc": ewc.state_dict()})["ewc"]
+    other = fresh(ewc, model, **options)
+    other.load_state_dict(state)
+    assert equal_objects(other, ewc)
+
+
+def test_row_47_no_code_is_run_from_data():
+    """Neither pickle nor eval, exec, compile or torch.load anywhere in the package."""
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported = {(node.module or "").split(".")[0]}
+            else:
+                imported = set()
+            assert not imported & {"pickle", "dill", "marshal", "shelve", "joblib"}, path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), path
+            if isinstance(node, ast.Attribute):
+                name = ast.unparse(node)
+                assert name not in ("torch.load", "torch.jit.load", "torch.hub.load"), path
+
+
+def test_row_47_all_that_is_shown_loads_weights_only():
+    shown = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.py")]
+    loads = [
+        line
+        for page in shown
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if "torch.load(" in line
+    ]
+    assert loads
+    assert all("weights_only=True" in line for line in loads)

@@ -1,0 +1,183 @@
+"""Rows 18 to 23: what a consolidation must leave as it was, and must not depend on."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from ewc import Classification
+from tests._asserts import unchanged
+from tests._tasks import (
+    CLASSES,
+    INPUTS,
+    assert_close,
+    explicit_fisher,
+    make,
+    make_model,
+    make_task,
+    same,
+)
+
+
+def consolidated_beside(kind, model):
+    """Consolidate, and check that the model and the process are unchanged."""
+    ewc = kind(model, Classification())
+    with unchanged(None, model):
+        ewc.consolidate(make_task())
+    return ewc
+
+
+class Norms(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Linear(INPUTS, 7), nn.BatchNorm1d(7), nn.Dropout(0.5), nn.Linear(7, CLASSES)
+        )
+        nn.init.uniform_(self[1].running_mean)
+
+
+def test_row_18_flags_of_submodules(kind):
+    model = Norms()
+    model[0].eval()
+    model[2].eval()
+    consolidated_beside(kind, model)
+    assert [module.training for module in model.modules()] == [True, False, True, False, True]
+
+
+def test_row_18_a_module_that_overrides_train(kind):
+    class Merging(nn.Linear):
+        """Merges an update into its weight whenever it is put into eval mode."""
+
+        def train(self, mode=True):
+            if not mode:
+                self.weight.data += 1.0
+            return super().train(mode)
+
+    consolidated_beside(kind, nn.Sequential(Merging(INPUTS, CLASSES)))
+
+
+def test_row_19_gradients(kind):
+    model = make_model()
+    model[0].weight.grad = torch.randn(7, INPUTS)
+    model[2].bias.grad = torch.full((CLASSES,), float("nan"))
+    consolidated_beside(kind, model)
+    assert model[0].bias.grad is None
+    assert model[2].weight.grad is None
+
+
+def test_row_20_a_step_fused_into_backward(kind):
+    model = make_model()
+    steps = []
+
+    def step(parameter):
+        steps.append(parameter)
+        with torch.no_grad():
+            parameter.add_(1.0)
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    ewc = consolidated_beside(kind, model)
+    assert not steps
+    assert same(ewc.anchor, dict(model.state_dict()))
+
+
+def test_row_20a_hooks_on_gradients(kind):
+    """They belong to training: clipping there is no part of the Fisher, on any path."""
+    model = make_model()
+    expected = explicit_fisher(model, make_task())
+    seen = []
+
+    def clip(gradient):
+        seen.append(gradient)
+        return gradient * 1e-3
+
+    for parameter in model.parameters():
+        parameter.register_hook(clip)
+    ewc = consolidated_beside(kind, model)
+    assert not seen
+    assert_close(ewc.fisher, expected)
+
+
+def test_row_21_batch_norm_and_dropout_in_train_mode(kind):
+    model = Norms()
+    expected = explicit_fisher(model.eval(), make_task())
+    ewc = consolidated_beside(kind, model.train())
+    assert_close(ewc.fisher, expected)
+
+
+def test_row_21_buffers_that_a_forward_writes(kind):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(INPUTS, CLASSES)
+            self.register_buffer("count", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(INPUTS))
+            self.calls = 0
+
+        def forward(self, x):
+            self.count += 1
+            self.mean = self.mean + x.detach().mean(0)
+            self.calls += 1
+            return self.layer(x)
+
+    model = Counting()
+    consolidated_beside(kind, model)
+    assert model.calls == 0
+
+
+@pytest.mark.parametrize("source", ["global", "generator"])
+def test_row_22_the_same_seed(kind, source):
+    def fisher(seed):
+        model, ewc = make(kind, n_tasks=0, fisher_type="mc")
+        generator = torch.Generator().manual_seed(seed) if source == "generator" else None
+        torch.manual_seed(seed)
+        with unchanged(None, model) if generator is not None else torch.enable_grad():
+            ewc.consolidate(make_task(), generator=generator)
+        return ewc.fisher
+
+    assert same(fisher(3), fisher(3))
+    assert not same(fisher(3), fisher(4))
+
+
+def test_row_22_without_draws_the_random_state_is_as_it_was(kind):
+    for fisher_type in ("empirical", "exact"):
+        model, ewc = make(kind, n_tasks=0, fisher_type=fisher_type)
+        with unchanged(None, model):
+            ewc.consolidate(make_task())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_row_23_consolidated_inside(kind, mode):
+    model = make_model()
+    expected = explicit_fisher(model, make_task())
+    ewc, other = kind(model, Classification()), kind(model, Classification())
+    with mode():
+        ewc.consolidate([(x.clone(), y.clone()) for x, y in make_task()])
+        state = ewc.state_dict()
+    assert_close(ewc.fisher, expected)
+    # What was made inside must be of use outside.
+    ewc().backward()
+    other.load_state_dict(state)
+    other().backward()
+
+
+def test_row_23_called_inside(kind):
+    model, ewc = make(kind)
+    expected = ewc().item()
+    for mode in (torch.no_grad, torch.inference_mode):
+        ewc = pickle.loads(pickle.dumps(ewc))  # what the first call keeps is made inside
+        with mode():
+            penalty = ewc()
+        assert penalty.item() == expected
+        assert not penalty.requires_grad
+        model.zero_grad()
+        ewc().backward()
+
+
+def test_row_23_a_model_made_in_inference_mode(kind):
+    with torch.inference_mode():
+        model = make_model()
+    ewc = kind(model, Classification())
+    with unchanged(ewc, model), pytest.raises((RuntimeError, ValueError)):
+        ewc.consolidate(make_task())
