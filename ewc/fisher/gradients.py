@@ -8,6 +8,7 @@ writing out more than a few samples at a time.
 Index legend: `n` sample, `s` shared position (time step, pixel, ...), `o`/`i` rows/columns.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -150,13 +151,15 @@ class Outer(Gradient):
 
 def _add_squares_in_cache(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Square one sample's product while it is in the cache, a block of rows at a time."""
-    rows = max(1, min(total.shape[0], work_elements(total) // max(1, total.shape[1])))
+    blocks = math.ceil(total.numel() / (2 * work_elements(total)))
+    rows = math.ceil(total.shape[0] / blocks)
     scratch = total.new_empty(rows, total.shape[1])
     for top in range(0, total.shape[0], rows):
         block = total[top : top + rows]
         product = scratch[: block.shape[0]]
-        for n in range(left.shape[0]):
-            torch.mm(left[n, :, top : top + rows].t(), right[n], out=product)
+        columns = left[:, :, top : top + rows].mT
+        for one, other in zip(columns.unbind(0), right.unbind(0), strict=True):
+            torch.mm(one, other, out=product)
             block.addcmul_(product, product)
 
 

@@ -9,8 +9,7 @@ Index legend: `n` sample, `b` further batch dimension within a sample, `g` group
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,10 +50,6 @@ class Patches(Gradient):
         self._places = tuple(out.shape[3:])
         self._per_row = out.shape[1] * math.prod(self._places[1:]) * math.prod(shape[1:]) * groups
 
-    @cached_property
-    def _padded(self) -> Tensor:
-        return _pad(self.read, self.margins)
-
     @override
     def work(self, total: Tensor) -> int:
         return max(total.numel(), self._per_row * min(self._places[0], self._rows(total)))
@@ -63,9 +58,10 @@ class Patches(Gradient):
     def per_sample(self, start: int, stop: int) -> Tensor:
         # An image too large to write out all its patches is done some rows at a time.
         rows = self._rows(self.out)
-        product = self._product(start, stop, 0, rows)
+        read, out = _pad(self.read[start:stop], self.margins), self.out[start:stop]
+        product = self._product(read, out, 0, rows)
         for top in range(rows, self._places[0], rows):
-            product += self._product(start, stop, top, top + rows)
+            product += self._product(read, out, top, top + rows)
         return product
 
     @override
@@ -81,47 +77,61 @@ class Patches(Gradient):
     def _add_squares_channels_first(self, total: Tensor) -> None:
         """Patches `[n, (c, k), (b, p)]`, copied in runs along the last dimension of positions."""
         squares = total.new_zeros(math.prod(self.shape[1:]), self.shape[0])
-        for start, stop in self._chunks(total):
-            patches = self._patches(start, stop, 0, self._places[0])
-            patches = patches.reshape(stop - start, squares.shape[0], -1)
-            Outer(patches.mT, self._out(start, stop)).add_squares(squares)
+        scratch: Tensor | None = None
+        for read, out in self._chunks(total, channels_last=False):
+            patches = self._patches(read, 0, self._places[0])
+            scratch = patches.new_empty(patches.shape) if scratch is None else scratch
+            left = scratch[: len(read)].copy_(patches).view(len(read), len(squares), -1)
+            Outer(left.mT, out).add_squares(squares)
         total.add_(squares.t().view(self.shape))
 
     def _add_squares_channels_last(self, total: Tensor) -> None:
         """Patches `[n, (b, p), (k, c)]`, copied in runs along the kernel and the channels."""
         squares = total.new_zeros(self.shape[0], math.prod(self.shape[1:]))
-        read = _pad(self.read.movedim(2, -1), [0, 0, *self.margins]).contiguous()
-        lead, space, channel = read.stride()[:2], read.stride()[2:-1], read.stride()[-1]
-        for start, stop in self._chunks(total):
-            view = read.as_strided(
-                (stop - start, read.shape[1], *self._places, *self.shape[2:], self.shape[1]),
+        scratch: Tensor | None = None
+        for read, out in self._chunks(total, channels_last=True):
+            lead, space, channel = read.stride()[:2], read.stride()[2:-1], read.stride()[-1]
+            patches = read.as_strided(
+                (*read.shape[:2], *self._places, *self.shape[2:], self.shape[1]),
                 (*lead, *_times(space, self.stride), *_times(space, self.dilation), channel),
-                start * lead[0],
+                read.storage_offset(),
             )
-            patches = view.reshape(stop - start, -1, squares.shape[1])
-            Outer(self._out(start, stop), patches).add_squares(squares)
+            scratch = patches.new_empty(patches.shape) if scratch is None else scratch
+            right = scratch[: len(read)].copy_(patches).view(len(read), -1, squares.shape[1])
+            Outer(out, right).add_squares(squares)
         total.add_(squares.view(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1))
+
+    def _chunks(self, total: Tensor, *, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some samples at a time: padded images, `[n, b, (c,) *space, (c)]`, and `[n, (b, p), o]`.
+
+        So many are padded at once that they fit the work space, and so many handed over that
+        their patches stay in the cache.
+        """
+        image = max(1, self.read[0].numel())
+        patches = max(1, self._per_row * self._places[0])
+        block = max(1, 8 * work_elements(total) // image)
+        step = max(1, 2 * work_elements(total) // patches)
+        for first in range(0, self.samples, block):
+            read, out = self.read[first : first + block], self.out[first : first + block]
+            if channels_last:
+                read = _pad(read.movedim(2, -1), [0, 0, *self.margins]).contiguous()
+            else:
+                read = _pad(read, self.margins)
+            out = out.flatten(3).transpose(2, 3).flatten(1, 2)
+            yield from zip(read.split(step), out.split(step), strict=True)
 
     def _rows(self, tensor: Tensor) -> int:
         """How many rows of positions may be written out at a time for one sample."""
         return max(1, 8 * work_elements(tensor) // max(1, self._per_row))
 
-    def _chunks(self, total: Tensor) -> list[tuple[int, int]]:
-        """The samples to be done at a time, so that their patches stay in the cache."""
-        step = max(1, 2 * work_elements(total) // max(1, self._per_row * self._places[0]))
-        return [(n, min(n + step, self.samples)) for n in range(0, self.samples, step)]
-
-    def _out(self, start: int, stop: int) -> Tensor:
-        """`[n, (b, p), o]`."""
-        return self.out[start:stop].flatten(3).transpose(2, 3).flatten(1, 2)
-
-    def _patches(self, start: int, stop: int, top: int, bottom: int) -> Tensor:
+    def _patches(self, read: Tensor, top: int, bottom: int) -> Tensor:
         """A view `[n, c, *k, b, *places]` of the rows `top` to `bottom - 1` of the positions."""
-        read = self._padded[start:stop, :, :, top * self.stride[0] :]
+        read = read[:, :, :, top * self.stride[0] :]
+        n, b, channels = read.shape[:3]
         lead, space = read.stride()[:3], read.stride()[3:]
         rows = min(bottom, self._places[0]) - top
         return read.as_strided(
-            (stop - start, read.shape[2], *self.shape[2:], read.shape[1], rows, *self._places[1:]),
+            (n, channels, *self.shape[2:], b, rows, *self._places[1:]),
             (
                 *(lead[0], lead[2], *_times(space, self.dilation)),
                 *(lead[1], *_times(space, self.stride)),
@@ -129,12 +139,12 @@ class Patches(Gradient):
             read.storage_offset(),
         )
 
-    def _product(self, start: int, stop: int, top: int, bottom: int) -> Tensor:
+    def _product(self, read: Tensor, out: Tensor, top: int, bottom: int) -> Tensor:
         """The gradients that some rows of the positions give, `[n, *shape]`."""
-        n, group = stop - start, self.shape[0] // self.groups
-        patches = self._patches(start, stop, top, bottom)
+        n, group = len(read), self.shape[0] // self.groups
+        patches = self._patches(read, top, bottom)
         patches = patches.reshape(n, self.groups, math.prod(self.shape[1:]), -1)
-        out = self.out[start:stop, :, :, top:bottom].transpose(1, 2)
+        out = out[:, :, :, top:bottom].transpose(1, 2)
         return (out.reshape(n, self.groups, group, -1) @ patches.mT).reshape(n, *self.shape)
 
 
