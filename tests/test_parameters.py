@@ -37,13 +37,13 @@ class TestUnwrap:
     def test_plain(self, model):
         assert unwrap(model) is model
 
-    def test_row_31_compiled(self, model):
+    def test_compiled(self, model):
         assert unwrap(torch.compile(model, backend="eager")) is model
 
-    def test_row_31_data_parallel_around_compiled(self, model):
+    def test_data_parallel_around_compiled(self, model):
         assert unwrap(nn.DataParallel(torch.compile(model, backend="eager"))) is model
 
-    def test_row_31_distributed(self, model, tmp_path):
+    def test_distributed(self, model, tmp_path):
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
         )
@@ -54,10 +54,10 @@ class TestUnwrap:
         finally:
             torch.distributed.destroy_process_group()
 
-    def test_row_31_checkpoint_wrapper(self, model):
+    def test_checkpoint_wrapper(self, model):
         assert unwrap(checkpoint_wrapper(model)) is model
 
-    def test_row_31_fabric(self, model, monkeypatch):
+    def test_fabric(self, model, monkeypatch):
         # Fabric itself is not imported, neither here nor there: a class in its place will do.
         class _FabricModule(nn.Module):
             def __init__(self, inner):
@@ -81,14 +81,14 @@ class TestNames:
     def test_are_those_of_torch(self, model):
         assert named_parameters(model) == dict(model.named_parameters())
 
-    def test_row_31_wrappers_inside_the_tree(self, model):
+    def test_wrappers_inside_the_tree(self, model):
         names = list(named_parameters(model))
         model[0] = checkpoint_wrapper(model[0])
         model[2] = torch.compile(model[2], backend="eager")
         assert list(named_parameters(model)) == names
         assert find(model, "2.weight") is model[2]._orig_mod.weight
 
-    def test_row_33_tied_parameters_once(self):
+    def test_tied_parameters_once(self):
         tied = Tied()
         assert list(named_parameters(tied)) == ["encoder.weight", "encoder.bias", "decoder.bias"]
         assert find(tied, "decoder.weight") is tied.encoder.weight
@@ -134,16 +134,16 @@ class TestSelect:
         assert select(wrapped, [name for name, _ in wrapped.named_parameters()]) == expected
         assert select(model, wrapped.named_parameters()) == expected
 
-    def test_row_33_tied_name_is_the_canonical_one(self):
+    def test_tied_name_is_the_canonical_one(self):
         assert select(Tied(), ["decoder.weight"]) == ("encoder.weight",)
         tied = Tied()
         assert select(tied, [("decoder.weight", tied.decoder.weight)]) == ("encoder.weight",)
 
-    def test_row_04_unknown_name_shows_the_nearest(self, model):
+    def test_unknown_name_shows_the_nearest(self, model):
         with pytest.raises(ValueError, match=r"'0\.wieght'.*'0\.weight'"):
             select(model, ["0.wieght"])
 
-    def test_row_04_all_that_is_wrong_at_once(self, model):
+    def test_all_that_is_wrong_at_once(self, model):
         model[0].bias.requires_grad_(False)
         other = nn.Parameter(torch.zeros(3))
         with pytest.raises(ValueError, match="named 'x'") as error:

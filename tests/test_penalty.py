@@ -61,7 +61,7 @@ def test_value_and_gradient(shapes, dtype, form):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["one pass", "expression"])
-def test_row_24_half_precision_is_computed_in_float32(dtype, form):
+def test_half_precision_is_computed_in_float32(dtype, form):
     thetas, precisions, anchors = problem(SHAPES["blocks"], dtype)
     make = Penalty(thetas, precisions, anchors, 0.0)
     if form == "one pass":
@@ -78,7 +78,7 @@ def test_row_24_half_precision_is_computed_in_float32(dtype, form):
 
 
 @pytest.mark.parametrize("form", ["one pass", "expression"])
-def test_row_24_autocast_is_off_inside(form):
+def test_autocast_is_off_inside(form):
     thetas, precisions, anchors = problem(SHAPES["small"])
     expected, _ = exact(thetas, precisions, anchors, 0.0, 1.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -153,7 +153,7 @@ def test_without_any_gradient():
     assert not penalty(thetas, 1.0).requires_grad
 
 
-def test_row_02_strength_zero_is_zero_even_where_squares_overflow():
+def test_strength_zero_is_zero_even_where_squares_overflow():
     theta = nn.Parameter(torch.full((3,), 1e25))
     penalty = Penalty([theta], [torch.ones(3)], [torch.zeros(3)], 0.0)
     assert penalty([theta], 1.0).isinf()
@@ -167,14 +167,14 @@ def test_row_02_strength_zero_is_zero_even_where_squares_overflow():
 class TestRow44:
     """Backward in every way that autograd offers."""
 
-    def test_row_44_incoming_gradient(self, shapes):
+    def test_incoming_gradient(self, shapes):
         thetas, precisions, anchors = problem(shapes)
         value = Penalty(thetas, precisions, anchors, 0.0)(thetas, 2.0)
         value.backward(gradient=torch.tensor(-3.0))
         _, gradients = exact(thetas, precisions, anchors, 0.0, -6.0)
         assert_gradients([theta.grad for theta in thetas], gradients)
 
-    def test_row_44_accumulation_over_calls(self, shapes):
+    def test_accumulation_over_calls(self, shapes):
         thetas, precisions, anchors = problem(shapes)
         penalty = Penalty(thetas, precisions, anchors, 0.0)
         for _ in range(3):
@@ -182,7 +182,7 @@ class TestRow44:
         _, gradients = exact(thetas, precisions, anchors, 0.0, 1.0)
         assert_gradients([theta.grad for theta in thetas], gradients)
 
-    def test_row_44_retained_graph(self, shapes):
+    def test_retained_graph(self, shapes):
         thetas, precisions, anchors = problem(shapes)
         value = Penalty(thetas, precisions, anchors, 0.0)(thetas, 1.0)
         for _ in range(3):
@@ -193,7 +193,7 @@ class TestRow44:
         with pytest.raises(RuntimeError, match="second time"):
             value.backward()
 
-    def test_row_44_gradient_is_that_of_the_forward(self, shapes):
+    def test_gradient_is_that_of_the_forward(self, shapes):
         thetas, precisions, anchors = problem(shapes)
         _, gradients = exact(thetas, precisions, anchors, 0.0, 1.0)
         value = Penalty(thetas, precisions, anchors, 0.0)(thetas, 1.0)
@@ -206,7 +206,7 @@ class TestRow44:
         with pytest.raises(RuntimeError, match="inplace"):
             value.backward()
 
-    def test_row_44_returned_gradients_are_the_callers(self, shapes):
+    def test_returned_gradients_are_the_callers(self, shapes):
         thetas, precisions, anchors = problem(shapes)
         value = Penalty(thetas, precisions, anchors, 0.0)(thetas, 1.0)
         first = torch.autograd.grad(value, thetas, retain_graph=True)
@@ -216,7 +216,7 @@ class TestRow44:
         assert_gradients(torch.autograd.grad(value, thetas, retain_graph=True), gradients)
         assert_gradients(torch.autograd.grad(value, thetas), gradients)
 
-    def test_row_44_create_graph(self, shapes):
+    def test_create_graph(self, shapes):
         thetas, precisions, anchors = problem(shapes)
         value = Penalty(thetas, precisions, anchors, 0.0)(thetas, 2.0)
         first = torch.autograd.grad(value, thetas, create_graph=True)
@@ -225,7 +225,7 @@ class TestRow44:
         second = torch.autograd.grad(sum(gradient.sum() for gradient in first), thetas)
         assert_gradients(second, [2.0 * precision + 0j for precision in precisions])
 
-    def test_row_44_some_of_the_inputs(self, shapes):
+    def test_some_of_the_inputs(self, shapes):
         thetas, precisions, anchors = problem(shapes)
         value = Penalty(thetas, precisions, anchors, 0.0)(thetas, 1.0)
         _, gradients = exact(thetas, precisions, anchors, 0.0, 1.0)
@@ -235,7 +235,7 @@ class TestRow44:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_row_44_gradcheck(dtype):
+def test_gradcheck(dtype):
     thetas, precisions, anchors = problem([(3, 2), (2,)], dtype)
     penalty = Penalty(thetas, precisions, anchors, 0.5)
     assert gradcheck(lambda *thetas: penalty(thetas, 1.5), thetas)
@@ -266,7 +266,7 @@ class TestGPU:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def test_row_26_several_devices(self):
+    def test_several_devices(self):
         thetas, precisions, anchors = problem(SHAPES["small"] + SHAPES["blocks"])
         expected, gradients = exact(thetas, precisions, anchors, 0.0, 2.0)
         devices = [("cuda", "cpu")[index % 2] for index in range(len(thetas))]

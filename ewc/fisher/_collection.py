@@ -100,7 +100,8 @@ def collect(
             truncated = run.over(batches, max_samples)
         except InvalidBatch as error:
             raise InvalidBatch(f"in batch {run.place} (counted from 0): {error}") from error
-    return Squares(run.sums, run.samples, truncated, run.paths, run.reasons, run.slow)
+    reasons = {name: run.reasons[name] for name in run.sums if name in run.reasons}
+    return Squares(run.sums, run.samples, truncated, run.paths, reasons, run.slow)
 
 
 class _Pass:

@@ -233,7 +233,10 @@ def test_row_17_no_memory_for_the_copies_of_buffers(kind, monkeypatch):
     def clone(tensor, **options):
         raise torch.OutOfMemoryError("stop")
 
-    with unchanged(ewc, model):
-        with monkeypatch.context() as patch, raises(torch.OutOfMemoryError, "stop"):
-            patch.setattr(torch.Tensor, "clone", clone)
-            ewc.consolidate(make_task())
+    with (
+        unchanged(ewc, model),
+        monkeypatch.context() as patch,
+        raises(torch.OutOfMemoryError, "stop"),
+    ):
+        patch.setattr(torch.Tensor, "clone", clone)
+        ewc.consolidate(make_task())

@@ -142,17 +142,6 @@ def test_samples_of_a_batch_draw_apart() -> None:
     assert not drawn
 
 
-@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
-@pytest.mark.parametrize("size", [1, 7, 64])
-def test_row_11_batches_of_any_size_give_the_same(fisher_type: str, size: int) -> None:
-    net, x, y = model(), torch.randn(70, 3).double(), torch.randint(4, (70,))
-    batches = list(zip(x.split(size), y.split(size), strict=True))
-    found = collected(net, batches, fisher_type=fisher_type)
-    expected = collected(net, [(x, y)], fisher_type=fisher_type)
-    assert found.samples == 70
-    assert_close(found.sums, expected.sums, 1e-12)
-
-
 def test_max_samples_cuts_the_last_batch() -> None:
     net, x, y = model(), torch.randn(10, 3).double(), torch.randint(4, (10,))
     batches = list(zip(x.split(4), y.split(4), strict=True))
@@ -174,7 +163,7 @@ def test_probability_targets_square_the_gradient_of_the_expectation() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_row_24_half_precision_parameters(dtype: torch.dtype) -> None:
+def test_half_precision_parameters(dtype: torch.dtype) -> None:
     net, x, y = model(), torch.randn(16, 3), torch.randint(4, (16,))
     exact = collected(net, [(x.double(), y)])
     found = collected(net.to(dtype), [((1 * x).to(dtype), y)])
