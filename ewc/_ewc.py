@@ -27,6 +27,7 @@ from ewc._parameters import (
 )
 from ewc._penalty import result_dtype
 from ewc._quadratic import Quadratic, snapshot
+from ewc._randomness import Randomness
 from ewc._state import State, dump, restore
 from ewc._summary import Summary
 from ewc._validation import choice, number, positive_int
@@ -221,51 +222,53 @@ class EWC:
         self._check_fit()
         parameters = self._to_collect()
 
-        squares = collect(
-            self._model,
-            parameters,
-            batches,
-            likelihood=likelihood,
-            forward=forward,
-            fisher_type=self._fisher_type,
-            max_samples=self._max_samples,
-            generator=generator,
-            process_group=self._process_group,
-        )
+        randomness = Randomness(parameter.device for parameter in parameters.values())
+        with randomness.unchanged_on_failure(generator):
+            squares = collect(
+                self._model,
+                parameters,
+                batches,
+                likelihood=likelihood,
+                forward=forward,
+                fisher_type=self._fisher_type,
+                max_samples=self._max_samples,
+                generator=generator,
+                process_group=self._process_group,
+            )
 
-        with torch.inference_mode(False), torch.no_grad():
-            weight = self._weight(squares, batches, dataset_size)
-            fisher = {
-                name: (squares.sums[name] / (squares.samples / weight)).contiguous()
-                for name in parameters
-            }
-            silent = [name for name, one in fisher.items() if not one.any()]
-            if len(silent) == len(fisher):
-                raise ValueError(
-                    "The Fisher of every parameter is zero; nothing would be protected. The "
-                    "negative log-likelihood must depend on the parameters: are the outputs "
-                    "detached, all positions masked or ignored, or other parameters used?"
-                )
-            state = self._merged_state(parameters, fisher, silent, squares.slow)
-            binding = Binding(self._model, state, self._precision)
-            summary = binding.summary(squares)
-        for name in silent:
-            if name not in self._state.warned and parameters[name].numel():
-                why = (
-                    "no gradient reached it (is it used, and not detached?)"
-                    if squares.paths[name] == "unused"
-                    else "every gradient that reached it is zero"
-                )
-                warnings.warn(
-                    f"The Fisher of {name!r} is zero in every entry: {why}. This task does not "
-                    "protect it.",
-                    ZeroFisherWarning,
-                    stacklevel=2,
-                )
-        if squares.slow and not self._state.warned_slow:
-            warnings.warn(_slow_message(squares), SlowPathWarning, stacklevel=2)
-        self._state, self._binding = binding.state, binding
-        return summary
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self._weight(squares, batches, dataset_size)
+                fisher = {
+                    name: (squares.sums[name] / (squares.samples / weight)).contiguous()
+                    for name in parameters
+                }
+                silent = [name for name, one in fisher.items() if not one.any()]
+                if len(silent) == len(fisher):
+                    raise ValueError(
+                        "The Fisher of every parameter is zero; nothing would be protected. The "
+                        "negative log-likelihood must depend on the parameters: are the outputs "
+                        "detached, all positions masked or ignored, or other parameters used?"
+                    )
+                state = self._merged_state(parameters, fisher, silent, squares.slow)
+                binding = Binding(self._model, state, self._precision)
+                summary = binding.summary(squares)
+            for name in silent:
+                if name not in self._state.warned and parameters[name].numel():
+                    why = (
+                        "no gradient reached it (is it used, and not detached?)"
+                        if squares.paths[name] == "unused"
+                        else "every gradient that reached it is zero"
+                    )
+                    warnings.warn(
+                        f"The Fisher of {name!r} is zero in every entry: {why}. This task does not "
+                        "protect it.",
+                        ZeroFisherWarning,
+                        stacklevel=2,
+                    )
+            if squares.slow and not self._state.warned_slow:
+                warnings.warn(_slow_message(squares), SlowPathWarning, stacklevel=2)
+            self._state, self._binding = binding.state, binding
+            return summary
 
     def forget(self, *names: str) -> None:
         """Release parameters: what was learned about them is dropped, and they are free.

@@ -1,5 +1,7 @@
 """Leaves a model as it was found: flags, buffers, parameters, attributes, gradients."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from typing_extensions import Self
@@ -17,9 +19,11 @@ class Guard:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._spaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def __enter__(self) -> Self:
         modules = list(self._model.modules())
+        parameters = list(self._model.parameters())
         # A forward pass may write to buffers; to parameters only where an embedding keeps the
         # norm of its rows.
         writable = list(self._model.buffers()) + [
@@ -30,27 +34,36 @@ class Guard:
         ]
         self._values = [(tensor, tensor.detach().clone()) for tensor in writable]
         self._versions = [tensor._version for tensor in writable]
-        parameters = list(self._model.parameters())
+        self._flags = [(module, module.training) for module in modules]
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
         self._hooks = [
             (parameter, parameter._backward_hooks)
             for parameter in parameters
             if parameter._backward_hooks
         ]
-        # Last, because whatever fails before it (memory for the copies) must leave no trace.
-        self._flags = [(module, module.training) for module in modules]
+        # Nothing has changed so far: whatever fails above (memory for the copies) leaves no trace.
+        try:
+            self._set_apart(modules)
+        except BaseException:  # Ctrl-C may come between any two lines
+            self.__exit__()
+            raise
+        return self
+
+    def _set_apart(self, modules: list[nn.Module]) -> None:
         for module in modules:
             module.training = False
+        # Aside, so that a model that runs backward does not add to them.
+        for parameter, _ in self._gradients:
+            parameter.grad = None
+        # They belong to training: they would change gradients, or even take an optimizer's step.
+        for parameter, _ in self._hooks:
+            parameter._backward_hooks = None
         self._spaces = [
             (space, dict(space))
             for module in modules
             for space in (module.__dict__, module._buffers, module._parameters, module._modules)
             if isinstance(space, dict)  # scripted modules keep theirs out of reach
         ]
-        # They belong to training: they would change gradients, or even take an optimizer's step.
-        for parameter, _ in self._hooks:
-            parameter._backward_hooks = None
-        return self
 
     def __exit__(self, *exception: object) -> None:
         try:
@@ -58,6 +71,8 @@ class Guard:
         finally:
             for module, training in self._flags:
                 module.training = training
+            for parameter, gradient in self._gradients:
+                parameter.grad = gradient
             for parameter, hooks in self._hooks:
                 parameter._backward_hooks = hooks
 
@@ -72,6 +87,5 @@ class Guard:
                 if tensor._version != self._versions[place]:
                     tensor.copy_(value)
                     self._versions[place] = tensor._version
-        for parameter, gradient in self._gradients:
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
+        for parameter, _ in self._gradients:
+            parameter.grad = None

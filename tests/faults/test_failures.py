@@ -11,6 +11,7 @@ from torch import nn
 
 import ewc._ewc as module
 from ewc import EWC, Classification, Custom, Likelihood, ZeroFisherWarning
+from ewc._guard import Guard
 from tests._asserts import fails_at, raises, unchanged
 from tests._tasks import CLASSES, INPUTS, make, make_model, make_task
 
@@ -239,4 +240,35 @@ def test_row_17_no_memory_for_the_copies_of_buffers(kind, monkeypatch):
         raises(torch.OutOfMemoryError, "stop"),
     ):
         patch.setattr(torch.Tensor, "clone", clone)
+        ewc.consolidate(make_task())
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_row_17c_a_failure_after_the_pass_takes_back_what_was_drawn(kind, own):
+    model, ewc = make(kind, fisher_type="mc")
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.copy_(torch.tensor([1e4, 0.0, 0.0]))  # the outcome of a draw is certain
+    generator = torch.Generator().manual_seed(0) if own else None
+    before = None if generator is None else generator.get_state()
+    with unchanged(ewc, model), raises(ValueError, "every parameter is zero"):
+        ewc.consolidate(make_task(), generator=generator)
+    if generator is not None:
+        assert torch.equal(generator.get_state(), before)
+
+
+def test_row_17d_interrupted_while_the_model_is_prepared(kind, monkeypatch):
+    """No context manager holds the guard yet when it puts itself up."""
+    model, ewc = make(kind)
+    model[2].eval()
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    model[0].weight.register_hook(lambda gradient: gradient)
+    prepare = Guard._set_apart
+
+    def interrupted(self, modules):
+        prepare(self, modules)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Guard, "_set_apart", interrupted)
+    with unchanged(ewc, model), pytest.raises(KeyboardInterrupt):
         ewc.consolidate(make_task())

@@ -66,6 +66,27 @@ def test_row_19_gradients(kind):
     assert model[2].weight.grad is None
 
 
+@pytest.mark.filterwarnings("ignore::ewc.SlowPathWarning")
+def test_row_19_a_model_that_runs_backward(kind):
+    class Greedy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_model()
+
+        def forward(self, x):
+            self.inner(x).sum().backward()
+            return self.inner(x)
+
+    model = Greedy()
+    model.inner[0].weight.grad = torch.randn(7, INPUTS)
+    model.inner[2].bias.grad = torch.full((CLASSES,), float("nan"))
+    ewc = consolidated_beside(kind, model)
+    assert_close(
+        ewc.fisher,
+        {f"inner.{name}": f for name, f in explicit_fisher(make_model(), make_task()).items()},
+    )
+
+
 def test_row_20_a_step_fused_into_backward(kind):
     model = make_model()
     steps = []
