@@ -242,16 +242,22 @@ class _Pass:
 
         One that does not is no refusal of vmap's, but a fault of the user's model or likelihood.
         """
-        try:
-            again()
-        except InvalidBatch:
-            raise
-        except Exception as other:
-            if _described(other) == _described(error):
-                self._fast = None
-                self._refusal = _described(error)
-                return
-        raise error
+        self._fast = None
+        errors = {_described(error): error}
+        for _ in range(2):
+            try:
+                again()
+            except InvalidBatch:
+                raise
+            except Exception as other:
+                self._refusal = _described(other)
+                if errors.pop(self._refusal, None) is not None:
+                    break
+                errors[self._refusal] = other
+            else:
+                break
+        for fault in errors.values():
+            raise fault
 
     def _add(self, batch: Batch) -> None:
         """Add the squares of all samples of the batch."""
