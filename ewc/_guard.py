@@ -67,6 +67,13 @@ class Guard:
 
     def __exit__(self, *exception: object) -> None:
         try:
+            self._take_back()
+        except BaseException:  # again in full, if it was interrupted
+            self._take_back()
+            raise
+
+    def _take_back(self) -> None:
+        try:
             self.restore()
         finally:
             for module, training in self._flags:

@@ -272,3 +272,23 @@ def test_row_17d_interrupted_while_the_model_is_prepared(kind, monkeypatch):
     monkeypatch.setattr(Guard, "_set_apart", interrupted)
     with unchanged(ewc, model), pytest.raises(KeyboardInterrupt):
         ewc.consolidate(make_task())
+
+
+def test_row_17e_interrupted_while_the_model_is_put_back(kind, monkeypatch):
+    model, ewc = make(kind)
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    restore, calls = Guard.restore, []
+
+    def interrupted(self):
+        calls.append(self)
+        restore(self)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Guard, "restore", interrupted)
+    last = 0
+    ewc.consolidate(make_task())
+    last = len(calls)  # the one at the very end
+    calls.clear()
+    with unchanged(ewc, model), pytest.raises(KeyboardInterrupt):
+        ewc.consolidate(make_task())
