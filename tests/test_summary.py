@@ -10,6 +10,7 @@ SUMMARY = Summary(
     trace=12.5,
     largest=0.25,
     paths={"0.weight": "rule", "0.bias": "rule", "scale": "vmap", "rnn": "loop", "x": "unused"},
+    reasons={"rnn": "it is used out of sight"},
 )
 
 
@@ -25,6 +26,7 @@ def test_repr_says_all():
         "  rule (closed form): 0.weight, 0.bias",
         "  vmap (per-sample gradients): scale",
         "  loop (one sample at a time, slow): rnn",
+        "    because it is used out of sight",
         "  unused (no gradient): x",
     ]
 
