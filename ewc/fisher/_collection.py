@@ -276,7 +276,7 @@ class _Pass:
                 except InvalidBatch:
                     raise
                 except Apart as apart:
-                    if len(apart.groups) <= chunk.size / 2:
+                    if len(apart.groups) <= max(chunk.size / 2, _A_FEW):
                         for group in apart.groups:
                             self._add(chunk.pick(group))
                         continue

@@ -110,10 +110,15 @@ class Classification(Pointwise):
                 "target_transform=lambda t: t.long(), if they are indices."
             )
         if list(targets.shape) != _indices_shape(head):
+            mend = "logits and targets must be of the same samples and positions"
+            if targets.dim() == 2 and targets.shape == head.shape[:2]:
+                mend = (
+                    "for logits of sequences, [N, S, C], as language models return them, "
+                    "TimeSeries(Classification(...), batch_first=True)"
+                )
             raise InvalidBatch(
                 f"logits {list(head.shape)} need class indices {_indices_shape(head)}; found "
-                f"targets {list(targets.shape)}. Mend: logits and targets must be of the same "
-                "samples and positions."
+                f"targets {list(targets.shape)}. Mend: {mend}."
             )
         labels = targets.long()
         labelled = labels != self.ignore_index

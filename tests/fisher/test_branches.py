@@ -81,6 +81,8 @@ def test_samples_that_all_agree_with_the_first_two_or_do_not() -> None:
     check(Masked(), x, "rule")
     x[5:7, 0, 0] = -2  # not among those that the fast path was tried out on
     check(Masked(), x, "rule")
+    check(Masked(), x[5:6].repeat(2, 1, 1), "rule")
+    check(Masked(), x[4:6], "rule")
 
 
 def test_values_that_nearly_all_differ_go_one_at_a_time() -> None:

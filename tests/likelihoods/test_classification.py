@@ -291,3 +291,8 @@ def test_repr() -> None:
     assert repr(Classification([2, 3])) == (
         "Classification(allowed_outputs=(2, 3), target_transform=None, ignore_index=-100)"
     )
+
+
+def test_sequences_are_a_time_series() -> None:
+    with pytest.raises(InvalidBatch, match=r"TimeSeries\(Classification\(...\), batch_first=True"):
+        Classification().nll(torch.randn(1, 7, 4), torch.zeros(1, 7, dtype=torch.long))
