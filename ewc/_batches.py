@@ -91,13 +91,23 @@ class Batch:
 
     @property
     def raw(self) -> Any:
-        """The batch as the loader made it, its tensors on the device."""
-        return _fill(self._structure, self._leaves)
+        """The batch as the loader made it, its tensors on the device.
+
+        They are copies: a model may write into its inputs, which are the user's, and which it
+        will be shown again.
+        """
+        return _fill(
+            self._structure,
+            [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves],
+        )
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The tensors that are split into samples, whole: all samples along their `dims`."""
-        return [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        """The tensors that are split into samples, whole: all samples along their `dims`.
+
+        As in `raw`, they are copies.
+        """
+        return [_copy(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
 
     @property
     def dims(self) -> list[int]:
@@ -114,7 +124,7 @@ class Batch:
         return all(isinstance(leaf, Tensor) for leaf in self._leaves)
 
     def take(self, start: int, stop: int) -> "Batch":
-        """The batch of the samples `start` to `stop - 1`; tensors are views, not copies."""
+        """The batch of the samples `start` to `stop - 1`, not copied."""
         leaves = tuple(
             leaf.narrow(dim, start, stop - start) if isinstance(leaf, Tensor) else leaf[start:stop]
             for leaf, dim in zip(self._leaves, self._leaf_dims, strict=True)
@@ -125,7 +135,8 @@ class Batch:
         """The batch of some of the samples, copied. The batch must be `vectorisable`."""
         leaves = tuple(
             leaf.index_select(dim, torch.tensor(samples, device=leaf.device))
-            for leaf, dim in zip(self.tensors, self.dims, strict=True)
+            for leaf, dim in zip(self._leaves, self._leaf_dims, strict=True)
+            if isinstance(leaf, Tensor)
         )
         return replace(self, size=len(samples), _leaves=leaves)
 
@@ -306,10 +317,18 @@ def _own(tensor: Tensor, device: torch.device) -> Tensor:
         return moved.requires_grad_(tensor.requires_grad)
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy that requires a gradient itself, if the tensor does."""
+    copied = tensor.detach().clone()
+    return copied.requires_grad_() if tensor.requires_grad else copied
+
+
 def _fill(structure: Any, leaves: Sequence[Tensor | Sequence[Any]]) -> Any:
     """The raw batch: each slot of the structure replaced by its leaf."""
     if isinstance(structure, _Slot):
         return leaves[structure.index]
+    if isinstance(structure, Tensor):
+        return _copy(structure)
     if isinstance(structure, Mapping):
         return rebuild(structure, [_fill(item, leaves) for item in structure.values()])
     if isinstance(structure, (list, tuple)):

@@ -87,9 +87,26 @@ class TestSamples:
         inputs, targets, some = batch.take(2, 3).raw
         assert (inputs.shape, targets.shape, some) == ((7, 1, 2), (7, 1), ids[2:3])
 
-    def test_cuts_are_views(self) -> None:
+    def test_what_is_handed_out_is_copied_each_time(self) -> None:
+        data, shared = x(), torch.tensor(2.0)
+        before, cut = data.clone(), read((data, {"shared": shared})).take(1, 2)
+        for _ in range(2):
+            part, rest = cut.raw
+            assert torch.equal(part, before[1:2])
+            assert rest["shared"] == 2
+            part.zero_()
+            rest["shared"].zero_()
+            cut.tensors[0].zero_()
+        assert torch.equal(data, before)
+        assert shared == 2
+
+    def test_samples_picked(self) -> None:
         data = x()
-        assert read((data,)).take(1, 2).raw[0].data_ptr() == data[1:].data_ptr()
+        picked = read((data, data[:, 0])).pick([2, 0])
+        assert picked.size == 2
+        assert torch.equal(picked.raw[0], data[[2, 0]])
+        assert torch.equal(picked.raw[1], data[[2, 0], 0])
+        assert torch.equal(read((data,), batch_dim=1).pick([1]).raw[0], data[:, 1:2])
 
 
 @settings(max_examples=20, deadline=None)

@@ -285,6 +285,48 @@ def test_drawn_targets_where_the_outputs_are_an_object() -> None:
     assert set(found.paths.values()) == {"loop"}
 
 
+@pytest.mark.parametrize("fisher_type", TYPES)
+@pytest.mark.parametrize(
+    "write",
+    [lambda x: x.sub_(1), lambda x: x.relu_(), lambda x: x[:, 0].mul_(2)],
+    ids=["sub_", "relu_", "part"],
+)
+def test_a_model_that_writes_into_its_inputs(write: Any, fisher_type: str) -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            write(x)
+            return self.layer(x) * scale.mul_(2)
+
+    torch.manual_seed(0)
+    net, (x, y) = Writes().double(), data(4)
+    before, scale = x.clone(), torch.ones(()).double()
+    ewc = EWC(net, Given(), fisher_type=fisher_type)
+    summary = ewc.consolidate([((x, scale), y)])
+    assert torch.equal(x, before)
+    assert scale == 1
+
+    def losses(net: nn.Module, n: int) -> Tensor:
+        outputs = net(x[n : n + 1].clone(), scale.clone())
+        return nll(outputs, y[n : n + 1] if fisher_type == "empirical" else outputs.argmin(1))
+
+    expected = oracle.squares(net, losses, 6)
+    assert_close(ewc.fisher, {name: each / 6 for name, each in expected.items()}, 1e-9)
+    assert set(summary.paths.values()) == {"rule"}
+
+
+def test_a_transform_that_writes_into_the_targets() -> None:
+    x, y = data(4)
+    shifted = Classification(target_transform=lambda t: t.sub_(1))
+    given = y + 1
+    found = collected(layers(), [(x, given)], likelihood=shifted)
+    assert torch.equal(given, y + 1)
+    assert_close(found.sums, oracle.empirical(layers(), (x, y), nll), 1e-9)
+
+
 def test_classes_drawn_by_the_built_in_likelihood_keep_their_paths() -> None:
     summary = EWC(layers(), Classification(), fisher_type="mc").consolidate([data(4)])
     assert set(summary.paths.values()) == {"rule"}
