@@ -132,8 +132,10 @@ class Outer(Gradient):
         if total.stride(0) < total.stride(1):  # a transposed view: write its rows as they lie
             left, right, total = right, left, total.t()
         if left.shape[1] == 1:
-            left, right = left.squeeze(1), right.squeeze(1)
-            total.addmm_((left * left).t(), right * right)
+            step = max(1, 8 * work_elements(total) // sum(total.shape))
+            for rows, columns in zip(left.split(step), right.split(step), strict=True):
+                rows, columns = rows.squeeze(1), columns.squeeze(1)
+                total.addmm_((rows * rows).t(), columns * columns)
         elif total.is_cpu and left.shape[1] * total.numel() > LOOP_PRODUCTS:
             _add_squares_in_cache(total, left, right)
         else:

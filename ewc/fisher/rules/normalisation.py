@@ -4,7 +4,7 @@ Each is the same normalisation without parameters, followed by `scale * normal +
 per-sample gradients are sums over the positions of `g * normal` and of `g`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,20 @@ from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
 
 
 def _affine(
-    op: Operation, normal: Tensor, weight: Tensor | None, bias: Tensor | None, channels: slice
+    op: Operation,
+    normalise: Callable[[], Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    channels: slice,
 ) -> Tensor:
-    """Scale and shift along the dimensions `channels` of `normal`, shape `[N, ...]`."""
+    """Normalise, then scale and shift along the dimensions `channels`, samples in front.
+
+    `normalise` is called again on the way back: what it needs is kept anyway, its result is not.
+    """
+    normal = normalise()
     dims = range(normal.dim())[channels]
     shape = [size if dim in dims else 1 for dim, size in enumerate(normal.shape)]
     shared = [dim for dim in range(1, normal.dim()) if dim not in dims]
-
-    def total(summands: Tensor) -> Total:
-        summed = summands.sum(shared) if shared else summands
-        return Total(summed.unsqueeze(1))
-
     scale = None if weight is None else op.value(weight).view(shape)
     shift = None if bias is None else op.value(bias).view(shape)
     if scale is not None and shift is not None:
@@ -34,10 +37,12 @@ def _affine(
         out = normal * scale
     else:
         out = normal if shift is None else normal + shift
-    return op.watch(
-        out,
-        {weight: lambda g: total(g * normal.detach()), bias: total},
-    )
+
+    def total(summands: Tensor) -> Total:
+        summed = summands.sum(shared) if shared else summands
+        return Total(summed.unsqueeze(1))
+
+    return op.watch(out, {weight: lambda g: total(g * normalise()), bias: total})
 
 
 @rule(F.layer_norm)
@@ -50,8 +55,8 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """The channels are the last dimensions, all of `normalized_shape`."""
-    normal = F.layer_norm(op.samples(input), normalized_shape, eps=eps)
-    return _affine(op, normal, weight, bias, slice(-len(normalized_shape), None))
+    x, channels = op.samples(input), slice(-len(normalized_shape), None)
+    return _affine(op, lambda: F.layer_norm(x, normalized_shape, eps=eps), weight, bias, channels)
 
 
 @rule(F.rms_norm)
@@ -63,8 +68,8 @@ def rms_norm(
     eps: float | None = None,
 ) -> Tensor:
     """As `layer_norm`, without centring and shift."""
-    normal = F.rms_norm(op.samples(input), normalized_shape, eps=eps)
-    return _affine(op, normal, weight, None, slice(-len(normalized_shape), None))
+    x, channels = op.samples(input), slice(-len(normalized_shape), None)
+    return _affine(op, lambda: F.rms_norm(x, normalized_shape, eps=eps), weight, None, channels)
 
 
 @rule(F.group_norm)
@@ -78,8 +83,11 @@ def group_norm(
 ) -> Tensor:
     """The channels are dimension 1 of the input, behind its own batch dimension."""
     x = op.samples(input)
-    normal = F.group_norm(x.flatten(0, 1), num_groups, eps=eps)
-    return _affine(op, normal.view(x.shape), weight, bias, slice(2, 3))
+
+    def normalise() -> Tensor:
+        return F.group_norm(x.flatten(0, 1), num_groups, eps=eps).view(x.shape)
+
+    return _affine(op, normalise, weight, bias, slice(2, 3))
 
 
 @rule(F.instance_norm)
@@ -95,15 +103,17 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Statistics of each sample and channel, or running ones."""
+    if use_input_stats and running_mean is not None:
+        raise NotCovered
     x = op.samples(input)
-    flat = x.flatten(0, 1)
-    if use_input_stats:
-        if running_mean is not None:
-            raise NotCovered
-        normal = F.instance_norm(flat, eps=eps)
-    else:
-        normal = F.instance_norm(flat, running_mean, running_var, use_input_stats=False, eps=eps)
-    return _affine(op, normal.view(x.shape), weight, bias, slice(2, 3))
+
+    def normalise() -> Tensor:
+        normal = F.instance_norm(
+            x.flatten(0, 1), running_mean, running_var, use_input_stats=use_input_stats, eps=eps
+        )
+        return normal.view(x.shape)
+
+    return _affine(op, normalise, weight, bias, slice(2, 3))
 
 
 @rule(F.batch_norm)
@@ -122,8 +132,11 @@ def batch_norm(
     if training:
         raise NotCovered
     x = op.samples(input)
-    normal = F.batch_norm(x.flatten(0, 1), running_mean, running_var, eps=eps)
-    return _affine(op, normal.view(x.shape), weight, bias, slice(2, 3))
+
+    def normalise() -> Tensor:
+        return F.batch_norm(x.flatten(0, 1), running_mean, running_var, eps=eps).view(x.shape)
+
+    return _affine(op, normalise, weight, bias, slice(2, 3))
 
 
 @rule(F.prelu, torch.prelu)

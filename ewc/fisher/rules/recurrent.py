@@ -52,29 +52,33 @@ class _Layer:
     Args:
         op: The operation that is being replaced.
         weights: The layer's parameters.
-        x: The layer's inputs in the order of its steps, `[T, M, I]`.
         samples: N, where M = N * B.
+        gru: Whether the reset gates stand between the states and the new state.
 
     Attributes:
-        share: The inputs' share of the gates, `[T, M, G]`; with all biases, but for a GRU's.
         hidden: The value of the weight of the states, `[G, H]`.
         before: The states that the steps start from, `[T, M, H]`; set by the scan.
         reset: A GRU's reset gates, `[T, M, H]`; set by the scan.
     """
 
-    def __init__(
-        self, op: Operation, weights: _Weights, x: Tensor, samples: int, gru: bool
-    ) -> None:
+    def __init__(self, op: Operation, weights: _Weights, samples: int, *, gru: bool) -> None:
         self.hidden = op.value(weights.hidden)
         self.hidden_bias = None if weights.hidden_bias is None else op.value(weights.hidden_bias)
         self.projection = None if weights.projection is None else op.value(weights.projection)
-        self.before = self.reset = x
-        self._op, self._weights, self._samples = op, weights, samples
-        bias = None if weights.input_bias is None else op.value(weights.input_bias)
+        self.before = self.reset = self.hidden
+        self._op, self._weights, self._samples, self._gru = op, weights, samples, gru
+
+    def share(self, x: Tensor) -> Tensor:
+        """The share of the inputs `[T, M, I]`, in the order of the steps, in the gates `[T, M, G]`.
+
+        All biases are in it, but for a GRU's of the states.
+        """
+        weights, gru = self._weights, self._gru
+        bias = None if weights.input_bias is None else self._op.value(weights.input_bias)
         if bias is not None and self.hidden_bias is not None and not gru:
             bias = bias + self.hidden_bias
-        self.share = op.watch(
-            F.linear(x, op.value(weights.input), bias),
+        return self._op.watch(
+            F.linear(x, self._op.value(weights.input), bias),
             {
                 weights.input: lambda g: Outer(self._by_sample(g), self._by_sample(x)),
                 weights.input_bias: lambda g: Total(self._by_sample(g)),
@@ -112,13 +116,16 @@ class _Layer:
 
 
 Scan = Callable[..., tuple[Tensor, ...]]
-"""`scan(layer, *first states) -> (states over time, *last states)`, `[T, M, H]` and `[M, H]`."""
+"""`scan(layer, shares, *first states) -> (states over time, *last states)`.
+
+Shapes: shares `[T, M, G]`, states over time `[T, M, H]`, first and last states `[M, H]`.
+"""
 
 
 def _rnn(activation: Callable[[Tensor], Tensor]) -> Scan:
-    def scan(layer: _Layer, h: Tensor) -> tuple[Tensor, ...]:
+    def scan(layer: _Layer, shares: Tensor, h: Tensor) -> tuple[Tensor, ...]:
         states = [h]
-        for share in layer.share.unbind(0):
+        for share in shares.unbind(0):
             states.append(activation(share + states[-1] @ layer.hidden.t()))
         layer.before = torch.stack(states[:-1]).detach()
         return torch.stack(states[1:]), states[-1]
@@ -126,9 +133,9 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Scan:
     return scan
 
 
-def _gru(layer: _Layer, h: Tensor) -> tuple[Tensor, ...]:
+def _gru(layer: _Layer, shares: Tensor, h: Tensor) -> tuple[Tensor, ...]:
     states, resets = [h], []
-    for share in layer.share.unbind(0):
+    for share in shares.unbind(0):
         h = states[-1]
         reset_x, update_x, new_x = share.chunk(3, 1)
         reset_h, update_h, new_h = F.linear(h, layer.hidden, layer.hidden_bias).chunk(3, 1)
@@ -140,13 +147,13 @@ def _gru(layer: _Layer, h: Tensor) -> tuple[Tensor, ...]:
     return torch.stack(states[1:]), states[-1]
 
 
-def _lstm(layer: _Layer, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def _lstm(layer: _Layer, shares: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
     if layer.projection is None:
-        over_time, c = LSTMScan.apply(layer.share, layer.hidden, h, c)  # type: ignore[no-untyped-call]
+        over_time, c = LSTMScan.apply(shares, layer.hidden, h, c)  # type: ignore[no-untyped-call]
         layer.before = torch.cat([h.unsqueeze(0), over_time[:-1]]).detach()
         return over_time, over_time[-1], c
     states = [h]
-    for share in layer.share.unbind(0):
+    for share in shares.unbind(0):
         gates = (share + states[-1] @ layer.hidden.t()).chunk(4, 1)
         c = gates[1].sigmoid() * c + gates[0].sigmoid() * gates[2].tanh()
         states.append(layer.project(gates[3].sigmoid() * c.tanh()))
@@ -176,8 +183,9 @@ def _layers(
         outputs = []
         for backwards in range(directions):
             steps = x.flip(0) if backwards else x
-            layer = _Layer(op, weights[place + backwards], steps, samples, scan is _gru)
-            over_time, *last = scan(layer, *(first[place + backwards] for first in firsts))
+            layer = _Layer(op, weights[place + backwards], samples, gru=scan is _gru)
+            first = (state[place + backwards] for state in firsts)
+            over_time, *last = scan(layer, layer.share(steps), *first)
             outputs.append(over_time.flip(0) if backwards else over_time)
             lasts.append(tuple(last))
         x = torch.cat(outputs, 2) if directions > 1 else outputs[0]
