@@ -1,0 +1,215 @@
+"""The benchmarks run, say what is wrong, and agree with the page that shows them."""
+
+import importlib
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs" / "benchmarks"
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+SCRIPTS = ["collection", "penalty", "memory", "growth"]
+
+
+@pytest.fixture(autouse=True)
+def from_their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(FOLDER)
+    yield
+    for name in [*SCRIPTS, "_harness", "_models", "_peers"]:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def harness() -> ModuleType:
+    return importlib.import_module("_harness")
+
+
+@pytest.fixture
+def collection() -> ModuleType:
+    return importlib.import_module("collection")
+
+
+def on_page(script: str) -> str:
+    begin, end = importlib.import_module("_harness").markers(script)
+    assert PAGE.count(begin) == PAGE.count(end) == 1
+    return PAGE.split(begin)[1].split(end)[0]
+
+
+def heads(text: str) -> list[str]:
+    lines = text.splitlines()
+    return [a for a, b in itertools.pairwise(lines) if b.startswith("| --- |")]
+
+
+def first_cells(text: str) -> list[str]:
+    return [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line[:1] == "|"]
+
+
+class TestHarness:
+    def test_a_ratio_is_the_median_of_the_ratios_in_a_round(self, harness: ModuleType) -> None:
+        timings = harness.Timings({"unit": [1.0, 10.0, 2.0], "other": [2.0, 50.0, 6.0]})
+        assert timings.ratio("other", "unit") == 3.0
+        assert timings.median("other") == 6.0
+        assert timings.spread("unit") == pytest.approx(1.5 / 3.0)
+
+    def test_contenders_take_turns_and_slow_ones_stop(
+        self, harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(harness, "SHORTEST", 0.0)
+        monkeypatch.setattr(harness, "LONGEST", 0.005)
+        calls = []
+        timings = harness.interleave(
+            {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.01))},
+            3,
+            runs={"b": 5},
+        )
+        assert calls == [*"ab", *"ab", *"aa"]
+        assert len(timings.seconds["b"]) == 1
+        assert 0.002 <= timings.median("b") < 0.01
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [(0.0123, "0.012"), (1.234, "1.23"), (-12.34, "-12.3"), (1234.5, "1,234")],
+    )
+    def test_numbers(self, harness: ModuleType, value: float, text: str) -> None:
+        assert harness.number(value) == text
+
+    def test_writing_replaces_what_stands_between_the_markers(
+        self, harness: ModuleType, tmp_path: Path
+    ) -> None:
+        page = tmp_path / "page.md"
+        page.write_text("before\n<!-- x: begin -->\nold\n<!-- x: end -->\nafter\n")
+        for _ in range(2):
+            harness.write("x", "new\n", page)
+            assert page.read_text() == ("before\n<!-- x: begin -->\nnew\n<!-- x: end -->\nafter\n")
+        with pytest.raises(ValueError, match="once each"):
+            harness.write("y", "new", page)
+
+
+class TestPage:
+    @pytest.mark.parametrize("script", SCRIPTS)
+    def test_every_table_names_its_command_and_its_machine(self, script: str) -> None:
+        text = on_page(script)
+        assert text.strip().startswith(f"`python docs/benchmarks/{script}.py")
+        assert f"torch {torch.__version__.split('.')[0]}." in text
+        assert heads(text)
+
+    def test_collection_has_all_models_and_all_contenders(self) -> None:
+        models, peers = importlib.import_module("_models"), importlib.import_module("_peers")
+        text = on_page("collection")
+        assert all(workload.name in heads(text)[0] for workload in models.WORKLOADS)
+        assert {each.title for each in peers.CONTENDERS} <= set(first_cells(text))
+
+    def test_memory_has_all_sweeps(self) -> None:
+        memory = importlib.import_module("memory")
+        cells = first_cells(on_page("memory"))
+        for sweep in memory.SWEEPS.values():
+            assert any(cell.startswith(sweep.title) for cell in cells)
+
+
+class TestCommands:
+    def run(self, module: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+        module.main(["--quick", "--rounds=1", *arguments])
+        printed = capsys.readouterr().out
+        assert "--quick" in printed.splitlines()[0]
+        assert f"torch {torch.__version__}" in printed
+        return printed
+
+    def shrink(self, collection: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        models = importlib.import_module("_models")
+        tiny = models.Workload("tiny", lambda: models.mlp(4), models.vectors(784), 5, 2)
+        monkeypatch.setattr(collection, "WORKLOADS", [tiny])
+
+    def test_collection(
+        self,
+        collection: ModuleType,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.shrink(collection, monkeypatch)
+        printed = self.run(collection, capsys, "--no-peers")
+        for kind in importlib.import_module("_peers").OWN:
+            assert kind.title in printed
+        assert "cannot" not in printed
+
+    def test_what_a_contender_cannot_do_is_an_entry(
+        self,
+        collection: ModuleType,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.shrink(collection, monkeypatch)
+        peers = importlib.import_module("_peers")
+
+        class Twice(peers.OneByOne):
+            title = "twice"
+
+            def squares(self) -> dict[str, torch.Tensor]:
+                return {name: 2 * each for name, each in super().squares().items()}
+
+        class Refusing(peers.OneByOne):
+            title = "refusing"
+
+            def run(self, batches: Sequence[Any]) -> None:
+                raise NotImplementedError("no such layer\nand more")
+
+        monkeypatch.setattr(peers, "OWN", [Twice, Refusing])
+        printed = self.run(collection, capsys, "--no-peers")
+        assert "| twice | cannot (a) |" in printed
+        assert "| refusing | cannot (b) |" in printed
+        assert "(a) wrong result, off by 100 %" in printed
+        assert "(b) no such layer" in printed
+
+    def test_a_model_whose_library_is_absent_is_left_out(
+        self,
+        collection: ModuleType,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        self.shrink(collection, monkeypatch)
+
+        def build() -> Any:
+            raise ModuleNotFoundError("No module named 'absent'")
+
+        (tiny,) = collection.WORKLOADS
+        monkeypatch.setattr(collection, "WORKLOADS", [tiny, replace(tiny, name="x", build=build)])
+        printed = self.run(collection, capsys, "--no-peers")
+        assert "x: No module named 'absent'." in printed
+
+    def test_penalty(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        penalty = importlib.import_module("penalty")
+        monkeypatch.setattr(penalty, "QUICK", [penalty.Layout("Tiny", 3, (4, 5))])
+        printed = self.run(penalty, capsys, "--tasks", "1", "10", "20")
+        assert heads(printed)[0] in on_page("penalty")
+        assert "**ewc**, 20 tasks" in printed
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own books")
+    def test_memory(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        memory = importlib.import_module("memory")
+        monkeypatch.setitem(memory.SWEEPS, "mlp", replace(memory.SWEEPS["mlp"], quick=(4096,)))
+        printed = self.run(memory, capsys, "--sweeps", "mlp")
+        assert heads(printed)[0] in on_page("memory")
+        row = next(line for line in printed.splitlines() if "4096" in line)
+        ordinary, collection = (float(cell) for cell in row.split("|")[2:4])
+        batch = 4096 * (784 + 2 * 400) * 4 / 2**20  # inputs are held before; hidden layers are not
+        assert 0.3 * batch < ordinary < 3 * batch
+        assert collection > 0.3 * batch
+
+    def test_growth(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        growth = importlib.import_module("growth")
+        monkeypatch.setattr(growth, "TASKS", (1, 2))
+        printed = self.run(growth, capsys)
+        assert [head for head in heads(printed) if head not in on_page("growth")] == []
