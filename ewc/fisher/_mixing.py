@@ -4,7 +4,7 @@ The Fisher information is a mean over samples, each of them alone. A model that 
 of a batch see each other, in eval mode too, is trained on something else: that is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ewc._batches import Batch
 from ewc.fisher._interception import READING
+from ewc.fisher._precision import full_precision
 
 Record = list[tuple[str, list[Tensor], list[Tensor]]]
 
@@ -44,16 +45,18 @@ def refuse_mixing(
         ValueError: If it does, with the name of the first module whose outputs differ.
     """
     parts = (batch, batch.take(0, 1), batch.take(1, 2))
+    tolerance = _tolerance(model)
 
     def run(part: Batch) -> list[Tensor]:
         try:
-            return _tensors(outputs(part.raw))
+            with full_precision():
+                return _tensors(outputs(part.raw))
         finally:
             restore()
 
     with _Readings() as readings:
         both, first, second = (run(part) for part in parts)
-    if _agree(both, first, second):
+    if _agree(both, first, second, tolerance):
         return
     if readings.seen or not _equal(first, run(parts[1])):
         return  # a branch that depends on values, or random numbers: no layer that mixes
@@ -71,7 +74,7 @@ def refuse_mixing(
                 hook.remove()
         records.append(record)
     for (name, into, out), (_, into1, out1), (_, into2, out2) in zip(*records, strict=False):
-        if _agree(into, into1, into2) and not _agree(out, out1, out2):
+        if _agree(into, into1, into2, tolerance) and not _agree(out, out1, out2, tolerance):
             raise ValueError(_message(name, model.get_submodule(name), "its output differs"))
     raise ValueError(_message("", model, "its output differs"))
 
@@ -100,7 +103,23 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf.detach().clone() for leaf in leaves if leaf.is_floating_point()]
 
 
-def _agree(both: list[Tensor], first: list[Tensor], second: list[Tensor]) -> bool:
+def _tolerance(model: nn.Module) -> float:
+    """By how much of their largest entry outputs may differ because of rounding.
+
+    Which depends on the size of a batch, and adds up over layers. A norm over the batch makes a
+    difference as large as the outputs themselves.
+    """
+    coarse = any(each.is_floating_point() and each.element_size() < 4 for each in _state(model))
+    kinds = {each.device.type for each in _state(model)}
+    return 0.2 if coarse or any(map(torch.is_autocast_enabled, kinds)) else 1e-3
+
+
+def _state(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _agree(both: list[Tensor], first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
     """Whether the outputs of two samples together are those of each alone.
 
     The batch dimension is the one of twice the size. Outputs of other shapes, padded to the
@@ -113,7 +132,7 @@ def _agree(both: list[Tensor], first: list[Tensor], second: list[Tensor]) -> boo
         differing = [dim for dim, (twice, once) in enumerate(sizes) if twice != once]
         if len(differing) != 1 or pair.shape[differing[0]] != 2 * one.shape[differing[0]]:
             continue
-        if not _close(pair, torch.cat([one, two], differing[0])):
+        if not _close(pair, torch.cat([one, two], differing[0]), tolerance):
             return False
     return True
 
@@ -125,12 +144,9 @@ def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
     )
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding, which differs with the size of a batch."""
-    half = one.dtype in (torch.float16, torch.bfloat16)
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
     one, other = one.to(torch.float64), other.to(torch.float64)
     scale = other[other.isfinite()].abs().max().item() if bool(other.isfinite().any()) else 0.0
-    tolerance = 5e-2 if half else 1e-3
     return torch.allclose(one, other, rtol=0, atol=tolerance * scale + 1e-12, equal_nan=True)
 
 

@@ -330,3 +330,25 @@ def test_a_transform_that_writes_into_the_targets() -> None:
 def test_classes_drawn_by_the_built_in_likelihood_keep_their_paths() -> None:
     summary = EWC(layers(), Classification(), fisher_type="mc").consolidate([data(4)])
     assert set(summary.paths.values()) == {"rule"}
+
+
+class Rough(nn.Module):
+    """Rounds as bfloat16 does, another way in each size of batch."""
+
+    def __init__(self, error: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.float()) * (1 + self.error * x.shape[0])
+
+
+def test_row_24_rounding_is_not_taken_for_mixing() -> None:
+    x, y = data(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        EWC(Rough(0.02), Classification()).consolidate([(x.float(), y)])
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="mixes"):
+        EWC(Rough(1.0), Classification()).consolidate([(x.float(), y)])
+    with pytest.raises(ValueError, match="mixes"):
+        EWC(Rough(0.02), Classification()).consolidate([(x.float(), y)])
