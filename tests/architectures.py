@@ -310,6 +310,88 @@ class FirstOnly(nn.Module):
         return self.read(x).unflatten(0, (3, -1)).sum(0)
 
 
+class Translator(nn.Module):
+    """An encoder and a decoder, with a mask of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+        self.read = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        padding = torch.arange(x.shape[1]) >= lengths.unsqueeze(1)
+        causal = nn.Transformer.generate_square_subsequent_mask(3, dtype=x.dtype)
+        out = self.transformer(
+            x,
+            x[:, :3].cos(),
+            tgt_mask=causal,
+            src_key_padding_mask=padding,
+            memory_key_padding_mask=padding,
+        )
+        return self.read(out.tanh()).mean(1)
+
+
+class Hypernetwork(nn.Module):
+    """Makes the weights that it applies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task = nn.Embedding(2, 5)
+        self.make = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 15))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.make(self.task.weight[1])
+        return F.linear(x, made[:12].view(3, 4), made[12:])
+
+
+class Experts(nn.Module):
+    """Sends each sample to the expert that its gate chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.gate(x).softmax(1).max(1)
+        out = x.new_zeros(x.shape[0], 3)
+        for index, expert in enumerate(self.experts):
+            mine = chosen == index
+            if mine.any():
+                out[mine] = expert(x[mine]) * weight[mine].unsqueeze(1)
+        return out
+
+
+class SharedMemory(nn.Module):
+    """Parameters that are parts of one tensor, one of them transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flat = torch.randn(27)
+        self.a = nn.Parameter(flat[:12].view(4, 3).t())
+        self.b = nn.Parameter(flat[12:15])
+        self.c = nn.Parameter(flat[15:].view(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.a, self.b).tanh() + x.sin() @ self.c
+
+
+class Stateful(nn.Module):
+    """Keeps its last state as an attribute, and writes into parts of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step, self.read = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.step(x)
+        hidden = self.state.tanh().clone()
+        hidden[:, 0] = hidden[:, 1] * 2
+        hidden[:, 2:] += 1
+        return self.read(hidden)
+
+
 def rows(*shape: int) -> Callable[[int], Tensor]:
     return lambda n: torch.randn(n, *shape)
 
@@ -323,6 +405,8 @@ def _conv(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 WEIGHT_NORM = nn.utils.parametrizations.weight_norm
+SPECTRAL_NORM = nn.utils.parametrizations.spectral_norm
+ORTHOGONAL = nn.utils.parametrizations.orthogonal
 
 CASES: dict[str, Case] = {
     "mlp": Case(
@@ -469,6 +553,25 @@ CASES: dict[str, Case] = {
         lambda: nn.Sequential(WEIGHT_NORM(nn.Linear(4, 5)), nn.Tanh(), head(5)),
         rows(4),
         slow={"0.parametrizations": "vmap", "0.bias": "vmap"},
+    ),
+    "spectral norm": Case(
+        lambda: nn.Sequential(SPECTRAL_NORM(nn.Linear(4, 5)), nn.Tanh(), head(5)),
+        rows(4),
+        slow={"0.": "vmap"},
+    ),
+    "orthogonal": Case(
+        lambda: nn.Sequential(ORTHOGONAL(nn.Linear(4, 4)), nn.Tanh(), head(4)),
+        rows(4),
+        slow={"0.": "vmap"},
+    ),
+    "translator": Case(Translator, lambda n: (torch.randn(n, 5, 8), torch.arange(n) % 5 + 1)),
+    "hypernetwork": Case(Hypernetwork, rows(4), slow={"": "any"}),
+    "experts": Case(Experts, rows(4), slow={"": "any"}),
+    "shared memory": Case(SharedMemory, rows(4)),
+    "stateful": Case(Stateful, rows(4)),
+    "channels last": Case(
+        lambda: Residual(nn.BatchNorm2d).to(memory_format=torch.channels_last),
+        lambda n: torch.randn(n, 2, 5, 5).contiguous(memory_format=torch.channels_last),
     ),
     "branches": Case(Branches, rows(4), slow={"": "loop"}),
     "checkpointed": Case(Checkpointed, rows(4), slow={"": "any"}),
