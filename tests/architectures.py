@@ -385,8 +385,9 @@ class Stateful(nn.Module):
         self.state: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.state = self.step(x)
-        hidden = self.state.tanh().clone()
+        out = self.step(x)
+        self.state = out.detach()
+        hidden = out.tanh().clone()
         hidden[:, 0] = hidden[:, 1] * 2
         hidden[:, 2:] += 1
         return self.read(hidden)
