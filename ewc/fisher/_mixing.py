@@ -16,6 +16,8 @@ from ewc._batches import Batch
 from ewc.fisher._interception import READING
 from ewc.fisher._precision import full_precision
 
+_OTHER_OUTPUT = "a sample gets another output in another batch"
+
 Record = list[tuple[str, list[Tensor], list[Tensor]]]
 
 
@@ -75,8 +77,8 @@ def refuse_mixing(
         records.append(record)
     for (name, into, out), (_, into1, out1), (_, into2, out2) in zip(*records, strict=False):
         if _agree(into, into1, into2, tolerance) and not _agree(out, out1, out2, tolerance):
-            raise ValueError(_message(name, model.get_submodule(name), "its output differs"))
-    raise ValueError(_message("", model, "its output differs"))
+            raise ValueError(_message(name, model.get_submodule(name), _OTHER_OUTPUT))
+    raise ValueError(_message("", model, _OTHER_OUTPUT))
 
 
 class _Readings(TorchFunctionMode):
@@ -154,7 +156,7 @@ def _message(name: str, module: nn.Module, found: str) -> str:
     place = f"module {name!r}" if name else "the model"
     return (
         f"expected a model that, in eval mode, treats the samples of a batch alone; {place} "
-        f"({type(module).__name__}) mixes them: {found} when a sample is in another batch. "
+        f"({type(module).__name__}) mixes them: {found}. "
         "Use running statistics (track_running_stats=True), or a norm over each sample "
         "(GroupNorm, LayerNorm)"
     )

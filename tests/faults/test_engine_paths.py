@@ -238,7 +238,7 @@ class Centred(nn.Module):
     ("module", "what"),
     [
         (nn.BatchNorm1d(7, track_running_stats=False), "(BatchNorm1d) mixes them: it has no run"),
-        (Centred(), "(Centred) mixes them: its output differs"),
+        (Centred(), "(Centred) mixes them: a sample gets another output"),
     ],
 )
 def test_row_41a_a_module_that_mixes_samples(kind, module, what):
