@@ -233,7 +233,6 @@ class EWC:
                 fisher_type=self._fisher_type,
                 max_samples=self._max_samples,
                 generator=generator,
-                process_group=self._process_group,
             )
 
             with torch.inference_mode(False), torch.no_grad():

@@ -66,7 +66,6 @@ def collect(
     fisher_type: str,
     max_samples: int | None,
     generator: torch.Generator | None,
-    process_group: Any = None,
 ) -> Squares:
     """Sum the squared gradients of every sample, each run through the model alone, in eval mode.
 
@@ -81,7 +80,6 @@ def collect(
         fisher_type: `"empirical"`, `"exact"` or `"mc"`.
         max_samples: At most so many samples, or None for all.
         generator: Where `"mc"` takes its seed from; None for the global generator.
-        process_group: Where the batches are sharded over processes.
 
     Raises:
         ValueError: If there are no samples, a batch is not valid, a module mixes samples, or a
