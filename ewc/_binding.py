@@ -6,19 +6,36 @@ the state follows, or the change is refused by name.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from ewc._distributed import leads, maximum, summed, total
 from ewc._parameters import Live, find, is_parametrized
 from ewc._penalty import Penalty, expression
 from ewc._quadratic import Quadratic, covered, fits
+from ewc._sharding import Groups, is_sharded, local, summed_over
 from ewc._state import State
 from ewc._summary import Summary
 from ewc.fisher import Squares
 
 # The curvature that the penalty has for a parameter: of its name and what is known of it.
 Precision = Callable[[str, Quadratic], Tensor]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters that are spread over the same processes, and their share of the penalty.
+
+    Attributes:
+        groups: Over which values are summed; none if every process holds all.
+        members: The places of these parameters among all.
+        penalty: Their penalty, of what this process holds of them.
+    """
+
+    groups: Groups
+    members: list[int]
+    penalty: Penalty
 
 
 class Binding:
@@ -30,7 +47,8 @@ class Binding:
         precision: The curvature of the penalty.
 
     Attributes:
-        state: The same, on the parameters' devices, in no less than their dtypes.
+        state: The same, on the parameters' devices, in no less than their dtypes, and sharded as
+            they are.
     """
 
     def __init__(self, model: nn.Module, state: State, precision: Precision) -> None:
@@ -41,12 +59,25 @@ class Binding:
             for (name, known), parameter in zip(state.quadratics.items(), parameters, strict=True)
         }
         self.state = replace(state, quadratics=quadratics)
-        self._penalty = Penalty(
-            parameters,
-            [precision(name, known) for name, known in quadratics.items()],
-            [known.anchor for known in quadratics.values()],
-            sum(known.constant for known in quadratics.values()),
-        )
+        self._anchors = [known.anchor for known in quadratics.values()]
+        precisions = [precision(name, known) for name, known in quadratics.items()]
+        constants = [known.constant for known in quadratics.values()]
+        members: dict[Groups, list[int]] = {}
+        for place, parameter in enumerate(parameters):
+            members.setdefault(summed_over(parameter), []).append(place)
+        self._parts = [
+            _Part(
+                groups,
+                places,
+                Penalty(
+                    [local(parameters[place]) for place in places],
+                    [local(precisions[place]) for place in places],
+                    [local(self._anchors[place]) for place in places],
+                    sum(constants[place] for place in places) if leads(groups) else 0.0,
+                ),
+            )
+            for groups, places in members.items()
+        ]
 
     def holds(self, state: State) -> bool:
         """Whether this is still the binding of `state` to the model as it is."""
@@ -54,17 +85,30 @@ class Binding:
 
     def penalty(self, strength: float) -> Tensor:
         """The penalty at the parameters' present values."""
-        pairs = zip(self._live.parameters, self._penalty.anchors, strict=True)
-        return self._penalty([covered(parameter, anchor) for parameter, anchor in pairs], strength)
+        pairs = zip(self._live.parameters, self._anchors, strict=True)
+        thetas = [local(covered(parameter, anchor)) for parameter, anchor in pairs]
+        return _added(
+            [
+                summed(
+                    part.penalty([thetas[place] for place in part.members], strength), part.groups
+                )
+                for part in self._parts
+            ]
+        )
 
     def summary(self, squares: Squares) -> Summary:
         """What there is to say after a consolidation that collected `squares`."""
-        precisions = [one for one in self._penalty.precisions if one.numel()]
+        trace, largest = 0.0, 0.0
+        for part in self._parts:
+            for one in part.penalty.precisions:
+                top = one.max() if one.numel() else one.new_zeros(())
+                trace += total(one.sum(), part.groups).item()
+                largest = max(largest, maximum(top, part.groups).item())
         return Summary(
             task=self.state.n_tasks,
             samples=squares.samples,
-            trace=sum(one.sum().item() for one in precisions),
-            largest=max(one.max().item() for one in precisions),
+            trace=trace,
+            largest=largest,
             paths=dict(squares.paths),
             reasons=dict(squares.reasons),
         )
@@ -76,17 +120,35 @@ def traced_penalty(model: nn.Module, state: State, precision: Precision, strengt
     Raises:
         ValueError: A parameter is gone or has changed its shape.
     """
-    thetas, precisions, anchors = [], [], []
-    constant = 0.0
+    members: dict[Groups, tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]] = {}
     for name, known in state.quadratics.items():
         parameter = find(model, name)
         if parameter is None or not fits(known.anchor.shape, parameter.shape):
             raise ValueError(f"{name!r} is gone or has changed its shape.")
-        thetas.append(covered(parameter, known.anchor))
-        precisions.append(precision(name, known))
-        anchors.append(known.anchor)
-        constant = constant + known.constant
-    return expression(thetas, precisions, anchors, constant, strength)
+        part = members.setdefault(summed_over(parameter), ([], [], [], []))
+        part[0].append(local(covered(parameter, known.anchor)))
+        part[1].append(local(precision(name, known)))
+        part[2].append(local(known.anchor))
+        part[3].append(known.constant)
+    return _added(
+        [
+            summed(
+                expression(
+                    thetas, precisions, anchors, sum(constants) if leads(groups) else 0.0, strength
+                ),
+                groups,
+            )
+            for groups, (thetas, precisions, anchors, constants) in members.items()
+        ]
+    )
+
+
+def _added(values: list[Tensor]) -> Tensor:
+    """The sum of scalars, on the first one's device."""
+    value = values[0]
+    for other in values[1:]:
+        value = value + other.to(value.device)
+    return value
 
 
 def check_fit(model: nn.Module, state: State, chosen: Iterable[str]) -> None:
@@ -111,6 +173,8 @@ def check_fit(model: nn.Module, state: State, chosen: Iterable[str]) -> None:
                 f"has changed its shape from {tuple(known.anchor.shape)} to "
                 f"{tuple(parameter.shape)}"
             )
+        elif known is not None and is_sharded(parameter) and known.anchor.shape != parameter.shape:
+            problems[name] = "has grown and is sharded, which does not go together yet"
     if problems:
         raise ValueError(
             "Protected parameters must keep their names and shapes (they may grow along "

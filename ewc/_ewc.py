@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc._binding import Binding, check_fit, traced_penalty
-from ewc._distributed import refuse_several_processes
+from ewc._distributed import ALONE, Ranks, ranks_of, wrapper_group
 from ewc._parameters import (
     check_materialised,
     find,
@@ -28,6 +28,7 @@ from ewc._parameters import (
 from ewc._penalty import result_dtype
 from ewc._quadratic import Quadratic, snapshot
 from ewc._randomness import Randomness
+from ewc._sharding import is_sharded, local
 from ewc._state import State, dump, restore
 from ewc._summary import Summary
 from ewc._validation import choice, number, positive_int
@@ -72,9 +73,10 @@ class EWC:
         reduction: `"mean"`: the Fisher is averaged over samples. `"sum"`: it is the sum over all
             samples of the task, `N` times that.
         max_samples: At most so many samples per consolidation, over all processes together.
-        process_group: Where batches are sharded over processes. `None`: the world, if it is
-            initialised. More than one rank is refused as yet; a group of one rank opts out.
-            Shared by `copy.deepcopy`, dropped by pickle.
+        process_group: Where batches are sharded over processes. `None`: the group of the
+            `DistributedDataParallel` wrapper, or the mesh of `fully_shard`, else the world, if it
+            is initialised. A group of one rank opts out: that process runs over all the data
+            itself. Shared by `copy.deepcopy`, dropped by pickle.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -114,7 +116,7 @@ class EWC:
         self._max_samples = (
             None if max_samples is None else positive_int("max_samples", max_samples)
         )
-        self._process_group = process_group
+        self._process_group = wrapper_group(model) if process_group is None else process_group
         self._model = unwrap(model)
         self._chosen = None if parameters is None else select(model, parameters)
         self._state = State()
@@ -151,7 +153,8 @@ class EWC:
         Returns:
             A differentiable scalar on the (first) protected parameter's device, in at least
             float32; 0 before the first consolidation. Nothing is synchronised, and autocast is
-            off inside.
+            off inside. Where parameters are sharded, it is the same number on every process, and
+            all of them must call this.
 
         Raises:
             ValueError: A protected parameter is gone or has changed its shape, other than by
@@ -182,6 +185,10 @@ class EWC:
         One pass over the batches; then Fisher and anchor are committed, all or nothing: whatever
         goes wrong, this object and the model are as before. Called twice, it counts two tasks.
 
+        With several processes, each runs over its own part of the data and all of them must call
+        this; the result is that of one process that has seen all samples, and it fails on all if
+        it fails on one.
+
         Args:
             batches: Any iterable of batches of the task.
             likelihood: For this task only, for instance with the outputs of its own head.
@@ -196,78 +203,68 @@ class EWC:
         Raises:
             TypeError: An argument is of the wrong kind.
             ValueError: An argument is out of range, the data or the likelihood is not as it
-                should be, or every entry of the Fisher is zero.
-            NotImplementedError: The process group has more than one rank.
+                should be, every entry of the Fisher is zero, or the processes differ in what must
+                be the same on all of them.
+            RuntimeError: It has failed on another process.
 
         Warns:
             ZeroFisherWarning: Once for each parameter whose Fisher is all zero.
             SlowPathWarning: Once, where most samples had to be run one at a time.
         """
-        if not isinstance(batches, Iterable):
-            raise TypeError(
-                "batches must be an iterable of batches, such as a DataLoader; found "
-                f"{type(batches).__name__}."
+        ranks = ranks_of(self._model, self._process_group)
+        with ranks.all_or_none():
+            if not isinstance(batches, Iterable):
+                raise TypeError(
+                    "batches must be an iterable of batches, such as a DataLoader; found "
+                    f"{type(batches).__name__}."
+                )
+            likelihood = (
+                self._likelihood if likelihood is None else self._checked_likelihood(likelihood)
             )
-        likelihood = (
-            self._likelihood if likelihood is None else self._checked_likelihood(likelihood)
-        )
-        forward = self._forward if forward is None else _checked_forward(forward)
-        if dataset_size is not None:
-            dataset_size = positive_int("dataset_size", dataset_size)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(
-                f"generator must be a torch.Generator; found {type(generator).__name__}."
-            )
-        refuse_several_processes(self._process_group)
-        self._check_fit()
-        parameters = self._to_collect()
+            forward = self._forward if forward is None else _checked_forward(forward)
+            if dataset_size is not None:
+                dataset_size = positive_int("dataset_size", dataset_size)
+            if generator is not None and not isinstance(generator, torch.Generator):
+                raise TypeError(
+                    f"generator must be a torch.Generator; found {type(generator).__name__}."
+                )
+            self._check_fit()
+            parameters = self._to_collect()
+            ranks.agree(self._common(parameters, dataset_size))
 
-        randomness = Randomness(parameter.device for parameter in parameters.values())
-        with randomness.unchanged_on_failure(generator):
-            squares = collect(
-                self._model,
-                parameters,
-                batches,
-                likelihood=likelihood,
-                forward=forward,
-                fisher_type=self._fisher_type,
-                max_samples=self._max_samples,
-                generator=generator,
-            )
-
-            with torch.inference_mode(False), torch.no_grad():
-                weight = self._weight(squares, batches, dataset_size)
-                fisher = {
-                    name: (squares.sums[name] / (squares.samples / weight)).contiguous()
-                    for name in parameters
-                }
-                silent = [name for name, one in fisher.items() if not one.any()]
-                if len(silent) == len(fisher):
-                    raise ValueError(
-                        "The Fisher of every parameter is zero; nothing would be protected. The "
-                        "negative log-likelihood must depend on the parameters: are the outputs "
-                        "detached, all positions masked or ignored, or other parameters used?"
-                    )
-                state = self._merged_state(parameters, fisher, silent, squares.slow)
-                binding = Binding(self._model, state, self._precision)
-                summary = binding.summary(squares)
-            for name in silent:
-                if name not in self._state.warned and parameters[name].numel():
-                    why = (
-                        "no gradient reached it (is it used, and not detached?)"
-                        if squares.paths[name] == "unused"
-                        else "every gradient that reached it is zero"
-                    )
-                    warnings.warn(
-                        f"The Fisher of {name!r} is zero in every entry: {why}. This task does not "
-                        "protect it.",
-                        ZeroFisherWarning,
-                        stacklevel=2,
-                    )
-            if squares.slow and not self._state.warned_slow:
-                warnings.warn(_slow_message(squares), SlowPathWarning, stacklevel=2)
-            self._state, self._binding = binding.state, binding
-            return summary
+            randomness = Randomness(parameter.device for parameter in parameters.values())
+            with randomness.unchanged_on_failure(generator):
+                squares = collect(
+                    self._model,
+                    parameters,
+                    batches,
+                    likelihood=likelihood,
+                    forward=forward,
+                    fisher_type=self._fisher_type,
+                    max_samples=self._max_samples,
+                    generator=generator,
+                    ranks=ranks,
+                )
+                with torch.inference_mode(False), torch.no_grad():
+                    weight = self._weight(squares, batches, dataset_size, ranks)
+                    fisher = {
+                        name: (squares.sums[name] / (squares.samples / weight)).contiguous()
+                        for name in parameters
+                    }
+                    silent = _silent(fisher, ranks)
+                    state = self._merged_state(parameters, fisher, silent, squares.slow)
+                    binding = Binding(self._model, state, self._precision)
+                    summary = binding.summary(squares)
+                for name in silent:
+                    if name not in self._state.warned and parameters[name].numel():
+                        warnings.warn(
+                            _silent_message(name, squares), ZeroFisherWarning, stacklevel=2
+                        )
+                if squares.slow and not self._state.warned_slow:
+                    warnings.warn(_slow_message(squares), SlowPathWarning, stacklevel=2)
+                ranks.meet("the end")
+        self._state, self._binding = binding.state, binding
+        return summary
 
     def forget(self, *names: str) -> None:
         """Release parameters: what was learned about them is dropped, and they are free.
@@ -318,12 +315,13 @@ class EWC:
         """
         self._check_fit()
         with torch.inference_mode(False), torch.no_grad():
-            return dump(self._state, self._all_protected(), self._configuration())
+            return dump(self._state, self._all_protected(), self._configuration(), full=full)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what another object has learned, on this model's devices.
 
-        Everything is validated first; on any error, nothing has changed.
+        Everything is validated first; on any error, nothing has changed. Where parameters are
+        sharded, all processes must call this, with whole tensors or sharded ones.
 
         Args:
             state: What `state_dict` returned. It is copied.
@@ -338,13 +336,17 @@ class EWC:
                 free until the next consolidation.
             NothingProtectedWarning: Instead, where the state protects nothing at all.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        sharded = any(map(is_sharded, self._model.parameters()))
+        ranks = ranks_of(self._model, self._process_group) if sharded else ALONE
+        with ranks.all_or_none(), torch.inference_mode(False), torch.no_grad():
             restored = restore(
                 state,
                 model=self._model,
                 protected=self._trainable(),
                 configuration=self._configuration(),
+                ranks=ranks,
             )
+            ranks.meet("the end")
         self._state = replace(
             restored, warned=self._state.warned, warned_slow=self._state.warned_slow
         )
@@ -417,12 +419,28 @@ class EWC:
         found = {name: find(self._model, name) for name in names}
         return {name: p for name, p in found.items() if p is not None}
 
+    def _common(
+        self, parameters: Mapping[str, nn.Parameter], dataset_size: int | None
+    ) -> dict[str, Any]:
+        """What must be the same on every process."""
+        configuration = self._configuration()
+        return {
+            **{f"the shape of {name!r}": tuple(p.shape) for name, p in parameters.items()},
+            **{key: one for key, one in configuration.items() if not isinstance(one, dict)},
+            "strength": self._strength,
+            "max_samples": self._max_samples,
+            "dataset_size": dataset_size,
+            "n_tasks": self.n_tasks,
+        }
+
     def _check_fit(self) -> None:
         check_fit(self._model, self._state, self._chosen or ())
 
     # From Fisher to penalty.
 
-    def _weight(self, squares: Squares, batches: object, dataset_size: int | None) -> int:
+    def _weight(
+        self, squares: Squares, batches: object, dataset_size: int | None, ranks: Ranks
+    ) -> int:
         """What the mean over samples is multiplied by."""
         if self._reduction == "mean":
             return 1
@@ -431,7 +449,7 @@ class EWC:
         if not squares.truncated:
             return squares.samples
         try:
-            return positive_int(
+            size = positive_int(
                 "len(batches.dataset)",
                 len(batches.dataset),  # type: ignore[attr-defined]
             )
@@ -440,6 +458,8 @@ class EWC:
                 'reduction="sum" must know the number of samples; max_samples has cut the pass '
                 "short and batches.dataset has no length. Pass dataset_size."
             ) from None
+        ranks.agree({"len(batches.dataset); pass dataset_size": size})
+        return size
 
     def _merged_state(
         self,
@@ -457,7 +477,9 @@ class EWC:
                 merged[name] = self._merged(beside, fisher[name], snapshot(parameter))
             elif known is not None:
                 merged[name] = self._passed(known)
-        overflowed = [name for name, one in merged.items() if not one.fisher.isfinite().all()]
+        overflowed = [
+            name for name, one in merged.items() if not local(one.fisher).isfinite().all()
+        ]
         if overflowed:
             raise ValueError(
                 f"The Fisher must be finite; that of {', '.join(map(repr, overflowed))} overflows. "
@@ -496,6 +518,36 @@ class EWC:
                 'Define it, or take fisher_type="empirical".'
             )
         return likelihood
+
+
+def _silent(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """The names of those whose Fisher is zero in every entry, on every process.
+
+    Raises:
+        ValueError: They all are.
+    """
+    device = next(iter(fisher.values())).device
+    loud = torch.stack([local(one).any().to(device) for one in fisher.values()])
+    ranks.meet("what is zero")
+    heard = ranks.largest(loud.to(torch.uint8)).tolist()
+    silent = [name for name, one in zip(fisher, heard, strict=True) if not one]
+    if len(silent) == len(fisher):
+        raise ValueError(
+            "The Fisher of every parameter is zero; nothing would be protected. The "
+            "negative log-likelihood must depend on the parameters: are the outputs "
+            "detached, all positions masked or ignored, or other parameters used?"
+        )
+    return silent
+
+
+def _silent_message(name: str, squares: Squares) -> str:
+    """What is zero, and whether a gradient arrived at all."""
+    why = (
+        "no gradient reached it (is it used, and not detached?)"
+        if squares.paths[name] == "unused"
+        else "every gradient that reached it is zero"
+    )
+    return f"The Fisher of {name!r} is zero in every entry: {why}. This task does not protect it."
 
 
 def _slow_message(squares: Squares) -> str:

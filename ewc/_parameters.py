@@ -9,10 +9,13 @@ a model that has a child of that name.
 import difflib
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from ewc._sharding import is_keeper, sharded_behind
 
 # Where a wrapper's class is defined, its name, and the child that holds the module inside. A class
 # whose module was never imported has no instances: looking it up there imports nothing.
@@ -45,7 +48,7 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     Tied parameters appear once, under their first name.
     """
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, parameter in _walk(unwrap(module), "", set()):
+    for name, parameter in _walk(unwrap(module), "", set(), None):
         found.setdefault(id(parameter), (name, parameter))
     return dict(found.values())
 
@@ -55,8 +58,8 @@ def find(model: nn.Module, name: str) -> nn.Parameter | None:
 
     Also finds a tied parameter by its other names.
     """
-    steps = _steps(model, name)
-    return None if steps is None else steps[-1][0][steps[-1][1]]
+    place = _place(model, name)
+    return None if place is None else place.parameter
 
 
 def is_parametrized(model: nn.Module, name: str) -> bool:
@@ -169,13 +172,14 @@ class Live:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         edges: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
         self.parameters: list[nn.Parameter] = []
+        self._places: list[tuple[_Place, nn.Parameter]] = []
         for name in names:
-            steps = _steps(model, name)
-            assert steps is not None
-            for registry, key in steps:
+            place = _place(model, name)
+            assert place is not None
+            for registry, key in place.edges:
                 edges[id(registry), key] = (registry, key, registry[key])
-            registry, key = steps[-1]
-            self.parameters.append(registry[key])
+            self.parameters.append(place.parameter)
+            self._places.append((place, place.parameter))
         self._edges = list(edges.values())
         self._layouts = [(p, p.shape, p.dtype, p.device) for p in self.parameters]
 
@@ -183,6 +187,9 @@ class Live:
         """Whether nothing on the paths was replaced, and no parameter changed its layout."""
         for registry, key, expected in self._edges:
             if key not in registry or registry[key] is not expected:
+                return False
+        for place, parameter in self._places:
+            if not place.holds(parameter):
                 return False
         for parameter, shape, dtype, device in self._layouts:
             if (
@@ -203,39 +210,70 @@ def _inner_key(module: nn.Module) -> str | None:
 
 
 def _walk(
-    module: nn.Module, prefix: str, visited: set[nn.Module]
+    module: nn.Module, prefix: str, visited: set[nn.Module], keeper: nn.Module | None
 ) -> Iterator[tuple[str, nn.Parameter]]:
     if module in visited:
         return
     visited.add(module)
+    keeper = module if is_keeper(module) else keeper
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield prefix + name, parameter
+            yield prefix + name, sharded_behind(keeper, parameter)
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(unwrap(child), f"{prefix}{name}.", visited)
+            yield from _walk(unwrap(child), f"{prefix}{name}.", visited, keeper)
 
 
-def _steps(model: nn.Module, name: str) -> list[tuple[dict[str, Any], str]] | None:
-    """The dictionary entries from `model` down to a parameter, through wrappers; None if gone."""
+@dataclass
+class _Place:
+    """Where a parameter is in a model.
+
+    Attributes:
+        edges: The dictionary entries on the way from the model to the module that has it.
+        registry: That module's parameters.
+        key: The parameter's name there.
+        keeper: The innermost module around it that `fully_shard` was applied to, if any.
+    """
+
+    edges: list[tuple[dict[str, Any], str]]
+    registry: dict[str, Any]
+    key: str
+    keeper: nn.Module | None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What is there now; the sharded one, also while it is held whole."""
+        return sharded_behind(self.keeper, self.registry[self.key])
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether `parameter` is still there."""
+        found = _entry(self.registry, self.key)
+        if found is parameter:
+            return True
+        return found is not None and sharded_behind(self.keeper, found) is parameter
+
+
+def _place(model: nn.Module, name: str) -> _Place | None:
+    """The way from `model` down to a parameter, through wrappers; None if it is gone."""
     *owners, last = name.split(".")
-    steps: list[tuple[dict[str, Any], str]] = []
+    edges: list[tuple[dict[str, Any], str]] = []
     module = model
+    keeper = module if is_keeper(module) else None
     for owner in owners:
-        steps.append((module._modules, owner))
+        edges.append((module._modules, owner))
         child = _entry(module._modules, owner)
         if child is None:
             return None
         module = child
         while (key := _inner_key(module)) is not None:
-            steps.append((module._modules, key))
+            edges.append((module._modules, key))
             inner = module._modules[key]
             assert inner is not None
             module = inner
+        keeper = module if is_keeper(module) else keeper
     if _entry(module._parameters, last) is None:
         return None
-    steps.append((module._parameters, last))
-    return steps
+    return _Place(edges, module._parameters, last, keeper)
 
 
 def _entry(registry: Any, key: str) -> Any:

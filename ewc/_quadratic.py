@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ewc._sharding import laid_out_as, whole
+
 
 @dataclass(frozen=True)
 class Quadratic:
@@ -46,7 +48,7 @@ class Quadratic:
         share = fisher / total.clamp_min(torch.finfo(total.dtype).tiny)
         distance = anchor - old.anchor
         mean = torch.where(old.fisher == 0, anchor, old.anchor + share * distance)
-        rise = (old.fisher * share * distance.abs().square()).sum().item()
+        rise = whole((old.fisher * share * distance.abs().square()).sum()).item()
         return Quadratic(total, mean, old.constant + rise)
 
     def grown(self, anchor: Tensor) -> "Quadratic":
@@ -60,11 +62,15 @@ class Quadratic:
         )
 
     def beside(self, parameter: nn.Parameter) -> "Quadratic":
-        """The same quadratic on the parameter's device, in no less than the parameter's dtype."""
+        """The same quadratic on the parameter's device, in no less than the parameter's dtype.
+
+        And sharded as the parameter is: a collective, if it was sharded otherwise before.
+        """
         fisher = self.fisher.to(parameter.device, curvature_dtype(parameter, self.fisher.dtype))
         # No narrower than the Fisher, which a loaded state may have as float64 and it as float32.
         wide = anchor_dtype(parameter, self.anchor.dtype, fisher.dtype)
         anchor = self.anchor.to(parameter.device, wide)
+        fisher, anchor = laid_out_as(fisher, parameter), laid_out_as(anchor, parameter)
         if fisher is self.fisher and anchor is self.anchor:
             return self
         return Quadratic(fisher, anchor, self.constant)

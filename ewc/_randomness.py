@@ -27,10 +27,15 @@ class Randomness:
         ]
         self._stream = self._state()
 
-    def seed_from(self, generator: torch.Generator | None) -> None:
-        """Start the stream from one draw of `generator`, or of the global generator."""
+    def seed_from(self, generator: torch.Generator | None, rank: int) -> None:
+        """Start the stream from one draw of `generator`, or of the global generator.
+
+        Args:
+            generator: The source of the seed; None for the global generator.
+            rank: Added to it, so that processes that start from the same draw get other samples.
+        """
         device = "cpu" if generator is None else generator.device
-        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+        seed = int(torch.randint(2**62, (), generator=generator, device=device)) + rank
         before = self._state()
         torch.default_generator.manual_seed(seed)
         for module, device in self._modules:

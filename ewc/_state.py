@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc._distributed import Ranks
 from ewc._parameters import find, in_order, named_parameters, nearest
-from ewc._quadratic import Quadratic, anchor_dtype, curvature_dtype, fits, snapshot
+from ewc._quadratic import Quadratic, curvature_dtype, fits, snapshot
+from ewc._sharding import is_sharded, local, whole
 from ewc._warnings import NothingProtectedWarning
 
 VERSION = 1
@@ -48,7 +50,11 @@ class State:
 
 
 def dump(
-    state: State, parameters: Mapping[str, nn.Parameter], configuration: Mapping[str, Any]
+    state: State,
+    parameters: Mapping[str, nn.Parameter],
+    configuration: Mapping[str, Any],
+    *,
+    full: bool,
 ) -> dict[str, Any]:
     """The state as nested dicts of tensors and plain values, sharing memory with nothing.
 
@@ -60,6 +66,7 @@ def dump(
         state: What to write.
         parameters: Those that have a quadratic or will be given one, by canonical name.
         configuration: What gives the numbers their meaning.
+        full: Whole tensors in place of sharded ones.
     """
     complete = {}
     free_rows = {}
@@ -71,15 +78,17 @@ def dump(
             complete[name] = Quadratic(zero, present)
             free_rows[name] = _rows(parameter)
         else:
+            known = known.beside(parameter)
             complete[name] = known.grown(present.to(known.anchor.dtype)).clone()
             free_rows[name] = _rows(parameter) - _rows(known.fisher)
+    laid_out = whole if full else (lambda tensor: tensor)
     return {
         "version": VERSION,
         **configuration,
         "n_tasks": state.n_tasks,
         "parameters": list(complete),
-        "fisher": {name: one.fisher for name, one in complete.items()},
-        "anchor": {name: one.anchor for name, one in complete.items()},
+        "fisher": {name: laid_out(one.fisher) for name, one in complete.items()},
+        "anchor": {name: laid_out(one.anchor) for name, one in complete.items()},
         "constant": {name: one.constant for name, one in complete.items()},
         "free_rows": free_rows,
     }
@@ -91,6 +100,7 @@ def restore(
     model: nn.Module,
     protected: Mapping[str, nn.Parameter],
     configuration: Mapping[str, Any],
+    ranks: Ranks,
 ) -> State:
     """Read what `dump` wrote, on the devices of the model's parameters.
 
@@ -99,6 +109,7 @@ def restore(
         model: The unwrapped model.
         protected: The parameters that a consolidation would collect now.
         configuration: The object's own.
+        ranks: The processes that load together, if parameters are sharded.
 
     Raises:
         TypeError: `raw` is not a dict.
@@ -114,12 +125,14 @@ def restore(
             f"A state must be a dict, as state_dict() returns it; found {type(raw).__name__}."
         )
     reader = _Reader(raw, model, configuration)
-    quadratics, n_tasks = reader.read()
+    found, n_tasks = reader.read()
     if reader.problems:
         raise ValueError(
             "This state does not fit, and nothing was loaded:\n"
             + "\n".join(f"  - {problem}" for problem in reader.problems)
         )
+    ranks.meet("the state's tensors")
+    quadratics = {name: one.beside(reader.parameters[name]) for name, one in found.items()}
     unknown = [name for name in protected if name not in reader.names]
     notes = [*reader.grown, *(f"{name!r} is not in the state" for name in unknown)]
     if not quadratics:
@@ -148,6 +161,7 @@ class _Reader:
         self.problems: list[str] = []
         self.grown: list[str] = []
         self.names: list[str] = []
+        self.parameters: dict[str, nn.Parameter] = {}
         self._raw = raw
         self._model = model
         self._configuration = configuration
@@ -182,6 +196,7 @@ class _Reader:
             quadratic = self._quadratic(name, parameter, entries)
             if quadratic is not None:
                 quadratics[name] = quadratic
+                self.parameters[name] = parameter
         return quadratics, n_tasks
 
     def _check_header(self) -> None:
@@ -277,17 +292,17 @@ class _Reader:
         covered = _rows(fisher) - free
         if covered == 0 and free > 0:
             return None
+        if is_sharded(parameter) and covered < _rows(parameter):
+            self.problems.append(
+                f"{name!r} is sharded and has grown: {_rows(parameter)} rows, of which the state "
+                f"covers {covered}; load into a model that is not sharded, and shard it then"
+            )
+            return None
         if free:
             fisher, anchor = fisher[:covered], anchor[:covered]
         # Copies even where device and dtype agree: the state dict stays the caller's.
         return Quadratic(
-            fisher.detach()
-            .to(parameter.device, curvature_dtype(parameter, fisher.dtype), copy=True)
-            .contiguous(),
-            anchor.detach()
-            .to(parameter.device, anchor_dtype(parameter, anchor.dtype), copy=True)
-            .contiguous(),
-            constant,
+            fisher.detach().clone().contiguous(), anchor.detach().clone().contiguous(), constant
         )
 
     def _check_tensor(
@@ -310,10 +325,11 @@ class _Reader:
                 f"{label} must have dtype {' or '.join(map(str, allowed))}; found {found.dtype}"
             )
             return
-        if not found.isfinite().all():
+        part = local(found)
+        if not part.isfinite().all():
             self.problems.append(f"{label} must be finite; it has infinite or NaN entries")
-        elif key == "fisher" and (found < 0).any():
-            self.problems.append(f"{label} must be >= 0; its smallest entry is {found.min():.4g}")
+        elif key == "fisher" and (part < 0).any():
+            self.problems.append(f"{label} must be >= 0; its smallest entry is {part.min():.4g}")
 
 
 def _rows(tensor: Tensor) -> int:

@@ -1,35 +1,28 @@
-"""One pass over the batches: from a model and its data to sums of squared gradients."""
+"""The Fisher information of a task: one pass over its batches, on one process or several."""
 
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ewc._batches import Batch, InvalidBatch, apply
+from ewc._batches import InvalidBatch
+from ewc._distributed import ALONE, Ranks
 from ewc._guard import Guard
 from ewc._randomness import Randomness
+from ewc._sharding import is_sharded
 from ewc.fisher._eager import without_compilation
-from ewc.fisher._interception import Apart
-from ewc.fisher._mixing import refuse_batch_statistics, refuse_mixing
-from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
-from ewc.fisher._singly import add_singly
-from ewc.fisher._terms import Opaque, probe, terms
-from ewc.fisher._vectorised import Recorded, Vectorised
+from ewc.fisher._in_step import InStep
+from ewc.fisher._layers import Layers
+from ewc.fisher._mixing import refuse_batch_statistics
+from ewc.fisher._pass import Pass
 from ewc.likelihoods import Likelihood
 
 Forward = Callable[[nn.Module, Any], Any]
 
-
-_A_FEW = 4
-_OBJECTS = "a batch holds lists of objects, which vmap cannot take apart"
-_OPAQUE = "targets are drawn, and the model returns no tensor to hold vmap against single samples"
-_DIFFERS = "inside vmap its gradient is another than that of a single sample"
+_PATHS = ("unused", "rule", "vmap", "loop")  # of several, the last is told
 
 
 @dataclass(frozen=True)
@@ -38,9 +31,9 @@ class Squares:
 
     Attributes:
         sums: For each parameter the sum over samples of its squared gradients, `[*shape]`, on its
-            device, in at least float32.
-        samples: How many samples were seen.
-        truncated: Whether `max_samples` ended the pass before the data did.
+            device, in at least float32; sharded as the parameter is.
+        samples: How many samples were seen, over all processes.
+        truncated: Whether `max_samples` ended the pass before the data did, on any process.
         paths: For each parameter which path computed it: `"rule"`, `"vmap"` (a copy per sample),
             `"loop"` (one sample at a time), or `"unused"`.
         reasons: For each of those on the path `"loop"`, why it is there.
@@ -66,6 +59,7 @@ def collect(
     fisher_type: str,
     max_samples: int | None,
     generator: torch.Generator | None,
+    ranks: Ranks = ALONE,
 ) -> Squares:
     """Sum the squared gradients of every sample, each run through the model alone, in eval mode.
 
@@ -80,269 +74,61 @@ def collect(
         fisher_type: `"empirical"`, `"exact"` or `"mc"`.
         max_samples: At most so many samples, or None for all.
         generator: Where `"mc"` takes its seed from; None for the global generator.
+        ranks: The processes that share the data; all of them must call this.
 
     Raises:
         ValueError: If there are no samples, a batch is not valid, a module mixes samples, or a
             gradient is not finite.
     """
-    devices = {parameter.device for parameter in parameters.values()}
-    randomness = Randomness(devices)
+    sums = {name: _zeros(each) for name, each in parameters.items()}
+    layers: Layers | None = None
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(without_compilation())
+        if any(map(is_sharded, model.parameters())):
+            layers = stack.enter_context(Layers(model, parameters, ranks))
+            parameters = layers.parameters
         guard = stack.enter_context(Guard(model))
         refuse_batch_statistics(model)
+        randomness = Randomness(parameter.device for parameter in parameters.values())
         if fisher_type == "mc":
-            randomness.seed_from(generator)
-        run = _Pass(model, parameters, likelihood, forward, fisher_type, guard, randomness)
+            randomness.seed_from(generator, ranks.index)
+        arguments = model, parameters, sums, likelihood, forward, fisher_type, guard, randomness
+        run = Pass(*arguments) if layers is None else InStep(layers, ranks, *arguments)
+        quota = None if max_samples is None else ranks.quota(max_samples)
         try:
-            truncated = run.over(batches, max_samples)
+            truncated = run.over(batches, quota)
         except InvalidBatch as error:
             raise InvalidBatch(f"in batch {run.place} (counted from 0): {error}") from error
-    reasons = {name: run.reasons[name] for name in run.sums if name in run.reasons}
-    return Squares(run.sums, run.samples, truncated, run.paths, reasons, run.slow)
+    return _together(run, truncated, ranks)
 
 
-class _Pass:
-    """The state of one pass: what `collect` was given, and what it has found so far."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        likelihood: Likelihood,
-        forward: Forward | None,
-        fisher_type: str,
-        guard: Guard,
-        randomness: Randomness,
-    ) -> None:
-        self.sums = {name: _zeros(each) for name, each in parameters.items()}
-        self.samples = 0
-        self.place = 0
-        self.reasons: dict[str, str] = {}
-        self._model = model
-        self._parameters = parameters
-        self._likelihood = likelihood
-        self._forward = forward
-        self._fisher_type = fisher_type
-        self._guard = guard
-        self._randomness = randomness
-        self._devices = {parameter.device for parameter in parameters.values()}
-        self._device = next(iter(parameters.values())).device
-        self._fast: Vectorised | None = None
-        self._refusal = _OBJECTS
-        self._batches = self._singly = 0
-        self._unchecked: list[tuple[int, Tensor]] = []
-
-    def over(self, batches: Iterable[Any], max_samples: int | None) -> bool:
-        """Add up all batches; returns whether `max_samples` ended the pass before the data did."""
-        truncated = False
-        for number, raw in enumerate(batches):
-            self.place = number
-            batch = Batch.read(
-                raw,
-                batch_dim=self._likelihood.batch_dim,
-                device=self._device,
-                targets_required=self._fisher_type == "empirical",
-            )
-            left = batch.size if max_samples is None else max_samples - self.samples
-            if batch.size > left:
-                batch, truncated = batch.take(0, left), True
-            if batch.size == 0:
-                continue
-            if self.samples == 0:
-                self._try_out(batch.take(0, min(2, batch.size)))
-            self._add(batch)
-            self.samples += batch.size
-            self._batches += 1
-            self._refuse_non_finite(number)
-            if self.samples == max_samples:
-                truncated = truncated or not _was_last(batches, number)
-                break
-        self._refuse_non_finite(None)
-        if self.samples == 0:
-            raise ValueError(
-                "expected at least one sample to estimate the Fisher information; the batches "
-                "held none. A generator can be run through only once: pass a fresh one"
-            )
-        return truncated
-
-    @property
-    def paths(self) -> dict[str, str]:
-        """Which path computed each parameter."""
-        paths = dict.fromkeys(self.sums, "unused")
-        if self._fast is not None:
-            paths.update(dict.fromkeys(self._fast.by_rule, "rule"))
-            paths.update(dict.fromkeys(self._fast.by_copy, "vmap"))
-        paths.update(dict.fromkeys(self.reasons, "loop"))
-        return paths
-
-    @property
-    def slow(self) -> bool:
-        """Whether single samples took more than a few runs for each batch."""
-        return self._singly > _A_FEW * self._batches
-
-    def _terms(self, raw: Any, samples: int) -> Tensor:
-        outputs, rest = apply(self._model, raw, self._forward)
-        return terms(self._likelihood, self._fisher_type, outputs, rest, samples)
-
-    def _probe(self, raw: Any, samples: int) -> Tensor:
-        return probe(apply(self._model, raw, self._forward)[0])
-
-    def _try_out(self, batch: Batch) -> None:
-        """Hold the fast paths against the slow one, on one sample or two.
-
-        What they cannot do, or would get wrong, goes one sample at a time for the whole pass.
-        """
-        if batch.size == 2:
-            with self._randomness.stream():
-                refuse_mixing(
-                    self._model,
-                    lambda raw: apply(self._model, raw, self._forward)[0],
-                    batch,
-                    self._guard.restore,
-                )
-        expected = {name: torch.zeros_like(each) for name, each in self.sums.items()}
-        found = {name: torch.zeros_like(each) for name, each in self.sums.items()}
-        # Drawn targets would be others in each run.
-        compared = self._probe if self._fisher_type == "mc" else self._terms
-        try:
-            self._add_singly(batch, expected, set(expected), compared)
-        except Opaque:
-            self._refusal = _OPAQUE
-            return
-        if not batch.vectorisable:
-            return
-        fast = Vectorised(self._parameters, compared)
-
-        def run(totals: Mapping[str, Tensor]) -> None:
-            try:
-                self._reverse(self._record(fast, batch, totals))
-            except Apart:
-                for n in range(batch.size):
-                    self._reverse(self._record(fast, batch.take(n, n + 1), totals))
-
-        try:
-            run(found)
-        except InvalidBatch:
-            raise
-        except Exception as error:  # whatever vmap refuses; the slow path has just shown it does
-            scratch = {name: torch.zeros_like(each) for name, each in self.sums.items()}
-            self._give_up(error, lambda: run(scratch))
-            return
-        fast.left_out |= dict.fromkeys(_differing(found, expected), _DIFFERS)
-        fast.terms = self._terms
-        self._fast = fast
-
-    def _give_up(self, error: Exception, again: Callable[[], object]) -> None:
-        """Leave the fast paths because of `error`, if it comes again.
-
-        One that does not is no refusal of vmap's, but a fault of the user's model or likelihood.
-        """
-        self._fast = None
-        errors = {_described(error): error}
-        for _ in range(2):
-            try:
-                again()
-            except InvalidBatch:
-                raise
-            except Exception as other:
-                self._refusal = _described(other)
-                if errors.pop(self._refusal, None) is not None:
-                    break
-                errors[self._refusal] = other
-            else:
-                break
-        for fault in errors.values():
-            raise fault
-
-    def _add(self, batch: Batch) -> None:
-        """Add the squares of all samples of the batch."""
-        done = 0
-        while done < batch.size:
-            size = batch.size if self._fast is None else self._fast.limit
-            chunk = batch.take(done, min(done + size, batch.size))
-            done += chunk.size
-            slow = dict.fromkeys(self.sums, self._refusal)
-            if not chunk.vectorisable:
-                slow = dict.fromkeys(self.sums, _OBJECTS)
-            elif self._fast is not None:
-                fast = self._fast
-                try:
-                    recorded = self._record(fast, chunk, self.sums)
-                except InvalidBatch:
-                    raise
-                except Apart as apart:
-                    if len(apart.groups) <= max(chunk.size / 2, _A_FEW):
-                        for group in apart.groups:
-                            self._add(chunk.pick(group))
-                        continue
-                    # Nearly every sample goes a way of its own: nothing to do together.
-                    slow = dict.fromkeys(self.sums, str(apart))
-                except Exception as error:  # a branch that only these data take
-                    self._give_up(error, partial(self._record, fast, chunk, self.sums))
-                    slow = dict.fromkeys(self.sums, self._refusal)
-                else:
-                    self._reverse(recorded)
-                    slow = fast.left_out
-            if slow:
-                self._singly += chunk.size
-                for name in self._add_singly(chunk, self.sums, set(slow), self._terms):
-                    self.reasons.setdefault(name, slow[name])
-
-    def _record(self, fast: Vectorised, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded:
-        """Run forward on the fast paths, anew whenever a parameter has to change its path."""
-        while True:
-            try:
-                with self._randomness.stream() as keep:
-                    recorded = fast.forward(batch, totals)
-                    if recorded is not None:
-                        keep()
-                        return recorded
-            finally:
-                self._guard.restore()
-
-    def _reverse(self, recorded: Recorded) -> None:
-        with torch.no_grad(), without_autocast(self._devices), full_precision():
-            recorded.reverse()
-
-    def _add_singly(
-        self,
-        batch: Batch,
-        totals: Mapping[str, Tensor],
-        names: set[str],
-        terms: Callable[[Any, int], Tensor],
-    ) -> set[str]:
-        parameters = {name: each for name, each in self._parameters.items() if name in names}
-        with self._randomness.stream() as keep, without_cudnn():
-            used = add_singly(batch, parameters, totals, terms, self._guard.restore)
-            keep()
-            return used
-
-    def _refuse_non_finite(self, number: int | None) -> None:
-        """Check the sums after batch `number`; on other devices than a CPU one batch later.
-
-        By then the verdict is there, and reading it does not hold up the next batch.
-        """
-        if number is not None:
-            finite = torch.stack(
-                [each.sum().isfinite().to(self._device) for each in self.sums.values()]
-            )
-            self._unchecked.append((number, finite))
-        late = 1 if number is not None and self._device.type != "cpu" else 0
-        while len(self._unchecked) > late:
-            place, finite = self._unchecked.pop(0)
-            if not finite.all():
-                names = [
-                    name for name, good in zip(self.sums, finite.tolist(), strict=True) if not good
-                ]
-                raise ValueError(
-                    "expected finite squared gradients; found NaN or infinity, or a square that "
-                    f"overflows, in batch {place} (counted from 0), in "
-                    f"{', '.join(map(repr, names))}. Look at the inputs, targets and loss of that "
-                    "batch; scale them, or use a wider type"
-                )
+def _together(run: Pass, truncated: bool, ranks: Ranks) -> Squares:
+    """What all processes have found."""
+    ranks.meet("the sums")
+    samples = ranks.count(run.samples)
+    if samples == 0:
+        raise ValueError(
+            "expected at least one sample to estimate the Fisher information; the batches "
+            "held none. A generator can be run through only once: pass a fresh one"
+        )
+    ranks.add_up(each for each in run.sums.values() if not is_sharded(each))
+    found = ranks.gather((run.paths, run.reasons, truncated, run.slow))
+    paths, reasons = {}, {}
+    for name in run.sums:
+        paths[name] = max((paths[name] for paths, _, _, _ in found), key=_PATHS.index)
+        told = [reasons[name] for _, reasons, _, _ in found if name in reasons]
+        if told:
+            reasons[name] = told[0]
+    return Squares(
+        run.sums,
+        samples,
+        any(truncated for _, _, truncated, _ in found),
+        paths,
+        reasons,
+        any(slow for _, _, _, slow in found),
+    )
 
 
 def _zeros(parameter: nn.Parameter) -> Tensor:
@@ -350,30 +136,3 @@ def _zeros(parameter: nn.Parameter) -> Tensor:
     real = parameter.detach().real if parameter.is_complex() else parameter.detach()
     dtype = torch.promote_types(real.dtype, torch.float32)
     return torch.zeros_like(real, dtype=dtype, memory_format=torch.preserve_format)
-
-
-def _differing(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
-    """The names whose sums differ by more than rounding, also that of half precision, explains.
-
-    A gradient that is zero but for rounding is small against the largest of all.
-    """
-    largest = max(float(each.max()) if each.numel() else 0.0 for each in expected.values())
-    names = set()
-    for name, right in expected.items():
-        noise = (100 * torch.finfo(right.dtype).eps) ** 2 * largest
-        scale = float(right.max()) if right.numel() else 0.0
-        if bool(((found[name] - right).abs() > 0.05 * scale + noise).any()):
-            names.add(name)
-    return names
-
-
-def _described(error: Exception) -> str:
-    """An error in one line."""
-    text = re.sub("0x[0-9a-f]+", "0x...", str(error))  # which differ from one time to the next
-    text = textwrap.shorten(text, 200, placeholder=" ...")
-    return f"vmap cannot do it ({type(error).__name__}: {text})"
-
-
-def _was_last(batches: Iterable[Any], number: int) -> bool:
-    """Whether batch `number` is known to be the last one."""
-    return isinstance(batches, Sized) and number + 1 == len(batches)

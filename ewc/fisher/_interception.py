@@ -14,7 +14,7 @@ for all; what it meets that has no rule is remembered in `without_rule`, and the
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -83,33 +83,42 @@ class View:
     Attributes:
         name: The parameter's name.
         tensor: The parameter or the part; held, so that its `id` stays its own.
-        total: The same part of the parameter's sum of squares.
+        take: Takes the same part of the parameter's sum of squares, which may not exist before
+            there is a square to add.
         used: How many operations use it.
         gradients: What came back to each use, if there are several.
     """
 
     name: str
     tensor: Tensor
-    total: Tensor
+    take: Callable[[], Tensor]
     used: int = 0
     gradients: list[Gradient] = field(default_factory=list)
 
     @property
     def place(self) -> tuple[Any, ...]:
         """Which elements of the parameter it holds, and in which order."""
-        return self.name, self.tensor.storage_offset(), self.tensor.shape, self.tensor.stride()
+        return self.name, self.tensor.storage_offset(), self.tensor.shape, self._stride
+
+    @property
+    def _stride(self) -> tuple[int, ...]:
+        """How far apart its elements are in memory."""
+        if self.tensor.is_leaf and not any(self.tensor.stride()):
+            # A sharded parameter while it is not gathered has none; gathered, it is contiguous.
+            return torch.empty(self.tensor.shape, device="meta").stride()
+        return self.tensor.stride()
 
     @property
     def span(self) -> tuple[int, int]:
         """The first of its elements in memory, and the one behind its last."""
         start = int(self.tensor.storage_offset())
-        steps = zip(self.tensor.shape, self.tensor.stride(), strict=True)
+        steps = zip(self.tensor.shape, self._stride, strict=True)
         return start, start + 1 + sum((size - 1) * step for size, step in steps)
 
     def receive(self, gradient: Gradient) -> None:
         """Square the gradient, or keep it until all uses can be summed."""
         if self.used == 1:
-            gradient.add_squares(self.total)
+            gradient.add_squares(self.take())
         else:
             self.gradients.append(gradient)
 
@@ -119,7 +128,7 @@ class View:
             return
         kinds = {type(gradient) for gradient in self.gradients}
         join = kinds.pop().joined if len(kinds) == 1 else Several
-        join(self.gradients).add_squares(self.total)
+        join(self.gradients).add_squares(self.take())
         self.gradients = []
 
 
@@ -137,6 +146,7 @@ class Interception(TorchFunctionMode):
         copies: By name, the copies of those parameters, `[N, *shape]`.
         roots: Outputs of operations that nothing before them asks a gradient of.
         without_rule: The names of parameters that met an operation without a rule.
+        reads: Whether the model has read values out of a tensor, to branch on them.
     """
 
     def __init__(
@@ -152,18 +162,18 @@ class Interception(TorchFunctionMode):
         self.copies: dict[str, Tensor] = {}
         self.roots: list[Tensor] = []
         self.without_rule: set[str] = set()
+        self.reads = False
         self._views: dict[int, View] = {}
         self._places: dict[tuple[Any, ...], View] = {}
         self._held: list[Tensor] = []
-        self._copies: dict[int, Tensor] = {}
+        self._copied: dict[int, str] = {}
         self._batched: dict[int, Tensor] = {}
         copied = set(copied)
         for name, parameter in parameters.items():
             if name in copied:
-                copy = parameter.detach().expand(count, *parameter.shape).requires_grad_()
-                self.copies[name] = self._copies[id(parameter)] = copy
+                self._copied[id(parameter)] = name
             else:
-                self._add_view(View(name, parameter, totals[name]))
+                self._add_view(View(name, parameter, partial(totals.__getitem__, name)))
 
     @property
     def by_rule(self) -> set[str]:
@@ -241,7 +251,7 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Perform one call of `func`."""
         kwargs = kwargs or {}
-        if self._copies:
+        if self._copied:
             args, kwargs = self._with_copies(args), self._with_copies(kwargs)
         found = self._protected(args)
         if kwargs:
@@ -290,6 +300,7 @@ class Interception(TorchFunctionMode):
 
     def _read(self, func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Read values out of a tensor that has others for each sample, if they are the same."""
+        self.reads = True
         values = _vmap.physical(tensor, self.level)
         if values is None or _vmap.level() != self.level:
             return func(tensor, *args, **kwargs)
@@ -306,10 +317,13 @@ class Interception(TorchFunctionMode):
 
         def replace(tensor: Tensor) -> Tensor:
             key = id(tensor)
-            if key not in self._copies:
+            if key not in self._copied:
                 return tensor
             if key not in self._batched:
-                self._batched[key] = _vmap.logical(self._copies[key], self.level)
+                with _vmap.beneath():
+                    copy = tensor.detach().expand(self.count, *tensor.shape).requires_grad_()
+                self.copies[self._copied[key]] = copy
+                self._batched[key] = _vmap.logical(copy, self.level)
             return self._batched[key]
 
         return tree_map_only(Tensor, replace, arguments)
@@ -322,13 +336,18 @@ class Interception(TorchFunctionMode):
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args[1:], kwargs))):
             self.without_rule.add(view.name)  # indexed by a tensor, perhaps of the samples' own
             return parts
-        totals = func(view.total, *args[1:], **kwargs)
         many = isinstance(parts, (tuple, list))
-        for part, total in zip(*((parts, totals) if many else ((parts,), (totals,))), strict=True):
+
+        def take(place: int) -> Tensor:
+            totals = func(view.take(), *args[1:], **kwargs)
+            total: Tensor = totals[place] if many else totals
+            return total
+
+        for place, part in enumerate(parts if many else (parts,)):
             if part.untyped_storage().data_ptr() != view.tensor.untyped_storage().data_ptr():
                 self.without_rule.add(view.name)  # a copy: its squares have no place in the total
             else:
-                self._add_view(View(view.name, part, total))
+                self._add_view(View(view.name, part, partial(take, place)))
         return parts
 
     def _add_view(self, view: View) -> None:

@@ -1,6 +1,7 @@
 """One sample at a time through plain autograd: always right, and slow."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ def add_singly(
     totals: Mapping[str, Tensor],
     terms: Callable[[Any, int], Tensor],
     restore: Callable[[], None],
+    *,
+    early: bool = False,
 ) -> set[str]:
     """Run every sample forward once, and back once for each term; add the squared gradients.
 
@@ -26,6 +29,8 @@ def add_singly(
         totals: For each, where its squares are added.
         terms: `terms(raw, samples) -> [K, samples]`, differentiable.
         restore: Called after each sample, so that the next one starts from the same.
+        early: Take each gradient when it arrives, and hold none of them. This leaves hooks on the
+            parameters, which must be the library's own.
 
     Returns:
         The names of the parameters that a gradient arrived at.
@@ -36,6 +41,13 @@ def add_singly(
     """
     used = set()
     leaves = list(parameters.values())
+
+    def receive(name: str, gradient: Tensor) -> Tensor:
+        used.add(name)
+        add_square(totals[name], gradient)
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    hooks = [p.register_hook(partial(receive, name)) for name, p in parameters.items() if early]
     for n in range(batch.size):
         of_one = terms(batch.take(n, n + 1).raw, 1).squeeze(1)
         if n == 0:
@@ -44,10 +56,12 @@ def add_singly(
         for k, term in enumerate(of_one.unbind(0)):
             found = torch.autograd.grad(term, leaves, retain_graph=k < last, allow_unused=True)
             for name, gradient in zip(parameters, found, strict=True):
-                if gradient is not None:
+                if gradient is not None and not early:
                     used.add(name)
                     add_square(totals[name], gradient)
         restore()
+    for hook in hooks:
+        hook.remove()
     return used
 
 

@@ -66,6 +66,7 @@ class Vectorised:
         by_rule: The names of the parameters that went by rule.
         by_copy: The names of those that went by a copy per sample.
         left_out: The names of those that are left to another path, and why.
+        reads: Whether the model has read values out of a tensor, to branch on them.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Vectorised:
         self.by_rule: set[str] = set()
         self.by_copy = {name for name, each in parameters.items() if each.is_complex()}
         self.left_out: dict[str, str] = {}
+        self.reads = False
         self._parameters = dict(parameters)
         self.terms = terms
 
@@ -96,8 +98,11 @@ class Vectorised:
 
         def one(*tensors: Tensor) -> Tensor:
             interception.level = _vmap.level()
-            with interception:
-                return self.terms(batch.of_one(list(tensors)), 1).squeeze(1)
+            try:
+                with interception:
+                    return self.terms(batch.of_one(list(tensors)), 1).squeeze(1)
+            finally:
+                self.reads = self.reads or interception.reads
 
         with warnings.catch_warnings():
             # An operation that vmap does in a loop is no news to the user: the result is the same.

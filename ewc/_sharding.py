@@ -1,0 +1,133 @@
+"""Sharded parameters: what there is to know about their layout.
+
+`fully_shard` and `parallelize_module` turn parameters into `DTensor`s, of which each process holds
+a part. Fisher and anchor are laid out in the same way. This module is the only one that knows
+these types; nothing of `torch.distributed.tensor` is imported before a model uses it.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Groups = tuple[Any, ...]
+"""Process groups, one for each dimension of a mesh, over which a sum or maximum is taken in turn.
+"""
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether `tensor` is a `DTensor`: each process may hold another part of it."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, differentiable; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every process; any other tensor as it is. A collective."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def same_layout(tensor: Tensor, other: Tensor) -> bool:
+    """Whether every process holds the same part of both."""
+    if not is_sharded(tensor) or not is_sharded(other):
+        return is_sharded(tensor) == is_sharded(other)
+    return bool(
+        tensor.device_mesh == other.device_mesh  # type: ignore[attr-defined]
+        and tensor.placements == other.placements  # type: ignore[attr-defined]
+    )
+
+
+def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor`, distributed over processes as `other` is.
+
+    A collective where `tensor` is sharded otherwise. A whole tensor is taken to be the same on
+    all processes: each keeps its part, and nothing is sent.
+    """
+    if same_layout(tensor, other):
+        return tensor
+    tensor = whole(tensor.detach())
+    if not is_sharded(other):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = other.device_mesh  # type: ignore[attr-defined]
+    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(mesh, other.placements)  # type: ignore[attr-defined]
+
+
+def summed_over(tensor: Tensor) -> Groups:
+    """The groups over which parts must be added up to give the sum over the whole tensor."""
+    if not is_sharded(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return tuple(
+        mesh.get_group(dim)
+        for dim, placement in enumerate(placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
+
+
+def mesh_groups(tensors: Iterable[Tensor]) -> list[Any]:
+    """The groups of all dimensions of the meshes that these tensors are sharded over."""
+    found: dict[tuple[int, ...], Any] = {}
+    for mesh in {t.device_mesh for t in tensors if is_sharded(t)}:  # type: ignore[attr-defined]
+        for dim in range(mesh.ndim):
+            group = mesh.get_group(dim)
+            found.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), group)
+    return list(found.values())
+
+
+# What `fully_shard` does to a module.
+
+
+def sharding_states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """The modules that `fully_shard` was applied to, and what it keeps about each."""
+    home = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(home, "FSDPModule", None)
+    if kind is None:
+        return
+    for module in model.modules():
+        if isinstance(module, kind):
+            yield module, module._get_fsdp_state()  # type: ignore[attr-defined]
+
+
+def data_mesh(model: nn.Module) -> Any:
+    """The mesh that `fully_shard` shards parameters and data over; None if it was not applied."""
+    for _, state in sharding_states(model):
+        for group in state._fsdp_param_groups:
+            return group.mesh_info.mesh
+    return None
+
+
+def sharded_behind(keeper: nn.Module | None, parameter: nn.Parameter) -> nn.Parameter:
+    """The sharded parameter in whose place `fully_shard` has put `parameter` for a while.
+
+    Between forward and backward a module holds its parameters whole. It is the sharded one that
+    optimizers know, and whose gradient they read.
+
+    Args:
+        keeper: The innermost module around the parameter that `fully_shard` was applied to.
+        parameter: What has the parameter's name now.
+    """
+    if keeper is None:
+        return parameter
+    for group in keeper._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
+        for one in group.fsdp_params:
+            if getattr(one, "_unsharded_param", None) is parameter:
+                sharded: nn.Parameter = one.sharded_param
+                return sharded
+    return parameter
+
+
+def is_keeper(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the module."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)

@@ -1,0 +1,328 @@
+"""One pass over the batches: from a model and its data to sums of squared gradients."""
+
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc._batches import Batch, InvalidBatch, apply
+from ewc._guard import Guard
+from ewc._randomness import Randomness
+from ewc._sharding import local
+from ewc.fisher._interception import Apart
+from ewc.fisher._mixing import refuse_mixing
+from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
+from ewc.fisher._singly import add_singly
+from ewc.fisher._terms import Opaque, probe, terms
+from ewc.fisher._vectorised import Recorded, Vectorised
+from ewc.likelihoods import Likelihood
+
+Forward = Callable[[nn.Module, Any], Any]
+
+A_FEW = 4
+_OBJECTS = "a batch holds lists of objects, which vmap cannot take apart"
+_OPAQUE = "targets are drawn, and the model returns no tensor to hold vmap against single samples"
+_DIFFERS = "inside vmap its gradient is another than that of a single sample"
+
+
+class Pass:
+    """The state of one pass: what `collect` was given, and what it has found so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        sums: dict[str, Tensor],
+        likelihood: Likelihood,
+        forward: Forward | None,
+        fisher_type: str,
+        guard: Guard,
+        randomness: Randomness,
+    ) -> None:
+        self.sums = sums
+        self.samples = 0
+        self.place = 0
+        self.reasons: dict[str, str] = {}
+        self._model = model
+        self._parameters = parameters
+        self._likelihood = likelihood
+        self._forward = forward
+        self._fisher_type = fisher_type
+        self._restore: Callable[[], None] = guard.restore
+        self._early = False
+        self._randomness = randomness
+        self._devices = {parameter.device for parameter in parameters.values()}
+        self._device = next(iter(parameters.values())).device
+        self._fast: Vectorised | None = None
+        self._refusal = _OBJECTS
+        self._batches = self._singly = 0
+        self._unchecked: list[tuple[int, Tensor]] = []
+        self._truncated = False
+
+    def over(self, batches: Iterable[Any], max_samples: int | None) -> bool:
+        """Add up all batches; returns whether `max_samples` ended the pass before the data did."""
+        for batch in self._read(batches, max_samples):
+            if self._batches == 0:
+                self._try_out(batch.take(0, min(2, batch.size)))
+            self._add(batch)
+            self.samples += batch.size
+            self._batches += 1
+            self._refuse_non_finite(self.place)
+        self._refuse_non_finite(None)
+        return self._truncated
+
+    def _read(self, batches: Iterable[Any], max_samples: int | None) -> Iterator[Batch]:
+        """The batches that hold samples, until there are `max_samples`."""
+        left = max_samples
+        self._truncated = left == 0
+        if self._truncated:
+            return
+        for number, raw in enumerate(batches):
+            self.place = number
+            batch = Batch.read(
+                raw,
+                batch_dim=self._likelihood.batch_dim,
+                device=self._device,
+                targets_required=self._fisher_type == "empirical",
+            )
+            if left is not None:
+                if batch.size > left:
+                    batch, self._truncated = batch.take(0, left), True
+                left -= batch.size
+            if batch.size:
+                yield batch
+            if left == 0:
+                self._truncated = self._truncated or not _was_last(batches, number)
+                return
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Which path computed each parameter."""
+        paths = dict.fromkeys(self.sums, "unused")
+        if self._fast is not None:
+            paths.update(dict.fromkeys(self._fast.by_rule, "rule"))
+            paths.update(dict.fromkeys(self._fast.by_copy, "vmap"))
+        paths.update(dict.fromkeys(self.reasons, "loop"))
+        return paths
+
+    @property
+    def slow(self) -> bool:
+        """Whether single samples took more than a few runs for each batch."""
+        return self._singly > A_FEW * self._batches
+
+    def _terms(self, raw: Any, samples: int) -> Tensor:
+        outputs, rest = apply(self._model, raw, self._forward)
+        return terms(self._likelihood, self._fisher_type, outputs, rest, samples)
+
+    def _probe(self, raw: Any, samples: int) -> Tensor:
+        return probe(apply(self._model, raw, self._forward)[0])
+
+    def _try_out(self, batch: Batch) -> None:
+        """Hold the fast paths against the slow one, on one sample or two.
+
+        What they cannot do, or would get wrong, goes one sample at a time for the whole pass.
+        """
+        if batch.size == 2:
+            with self._randomness.stream():
+                refuse_mixing(
+                    self._model,
+                    lambda raw: apply(self._model, raw, self._forward)[0],
+                    batch,
+                    self._restore,
+                )
+        expected = {name: torch.zeros_like(each) for name, each in self.sums.items()}
+        found = {name: torch.zeros_like(each) for name, each in self.sums.items()}
+        # Drawn targets would be others in each run.
+        compared = self._probe if self._fisher_type == "mc" else self._terms
+        try:
+            with self._adding_to(expected) as totals:
+                self._add_singly(batch, totals, set(expected), compared)
+        except Opaque:
+            self._refusal = _OPAQUE
+            return
+        if not batch.vectorisable:
+            return
+        fast = Vectorised(self._parameters, compared)
+
+        def run(target: Mapping[str, Tensor]) -> None:
+            with self._adding_to(target) as totals:
+                try:
+                    self._reverse(self._record(fast, batch, totals))
+                except Apart:
+                    for n in range(batch.size):
+                        self._reverse(self._record(fast, batch.take(n, n + 1), totals))
+
+        try:
+            run(found)
+        except InvalidBatch:
+            raise
+        except Exception as error:  # whatever vmap refuses; the slow path has just shown it does
+            scratch = {name: torch.zeros_like(each) for name, each in self.sums.items()}
+            self._give_up(error, lambda: run(scratch))
+            return
+        fast.left_out |= dict.fromkeys(self._differing(found, expected), _DIFFERS)
+        fast.terms = self._terms
+        self._fast = fast
+
+    def _give_up(self, error: Exception, again: Callable[[], object]) -> None:
+        """Leave the fast paths because of `error`, if it comes again.
+
+        One that does not is no refusal of vmap's, but a fault of the user's model or likelihood.
+        """
+        self._fast = None
+        errors = {_described(error): error}
+        for _ in range(2):
+            try:
+                again()
+            except InvalidBatch:
+                raise
+            except Exception as other:
+                self._refusal = _described(other)
+                if errors.pop(self._refusal, None) is not None:
+                    break
+                errors[self._refusal] = other
+            else:
+                break
+        for fault in errors.values():
+            raise fault
+
+    def _add(self, batch: Batch) -> None:
+        """Add the squares of all samples of the batch."""
+        done = 0
+        while done < batch.size:
+            size = batch.size if self._fast is None else self._fast.limit
+            chunk = batch.take(done, min(done + size, batch.size))
+            done += chunk.size
+            slow = dict.fromkeys(self.sums, self._refusal)
+            if not chunk.vectorisable:
+                slow = dict.fromkeys(self.sums, _OBJECTS)
+            elif self._fast is not None:
+                fast = self._fast
+                try:
+                    recorded = self._record(fast, chunk, self.sums)
+                except InvalidBatch:
+                    raise
+                except Apart as apart:
+                    if len(apart.groups) <= max(chunk.size / 2, A_FEW):
+                        for group in apart.groups:
+                            self._add(chunk.pick(group))
+                        continue
+                    # Nearly every sample goes a way of its own: nothing to do together.
+                    slow = dict.fromkeys(self.sums, str(apart))
+                except Exception as error:  # a branch that only these data take
+                    self._give_up(error, partial(self._record, fast, chunk, self.sums))
+                    slow = dict.fromkeys(self.sums, self._refusal)
+                else:
+                    self._reverse(recorded)
+                    slow = fast.left_out
+            if slow:
+                self._singly += chunk.size
+                for name in self._add_singly(chunk, self.sums, set(slow), self._terms):
+                    self.reasons.setdefault(name, slow[name])
+
+    def _record(self, fast: Vectorised, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded:
+        """Run forward on the fast paths, anew whenever a parameter has to change its path."""
+        while True:
+            try:
+                with self._randomness.stream() as keep:
+                    recorded = fast.forward(batch, totals)
+                    if recorded is not None:
+                        keep()
+                        return recorded
+            finally:
+                self._restore()
+
+    def _reverse(self, recorded: Recorded) -> None:
+        with torch.no_grad(), without_autocast(self._devices), full_precision():
+            recorded.reverse()
+
+    def _add_singly(
+        self,
+        batch: Batch,
+        totals: Mapping[str, Tensor],
+        names: set[str],
+        terms: Callable[[Any, int], Tensor],
+    ) -> set[str]:
+        parameters = {name: each for name, each in self._parameters.items() if name in names}
+        with self._randomness.stream() as keep, without_cudnn():
+            used = add_singly(batch, parameters, totals, terms, self._restore, early=self._early)
+            keep()
+            return used
+
+    # What is otherwise where several processes run a sharded model together.
+
+    def _adding_to(
+        self, target: Mapping[str, Tensor]
+    ) -> AbstractContextManager[Mapping[str, Tensor]]:
+        """Where squares are added while the model runs, to end up in `target`."""
+        return nullcontext(target)
+
+    def _differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
+        """The names whose sums differ by more than rounding explains."""
+        return differing(found, expected, largest(expected))
+
+    def _refuse_non_finite(self, number: int | None) -> None:
+        """Check the sums after batch `number`; on other devices than a CPU one batch later.
+
+        By then the verdict is there, and reading it does not hold up the next batch.
+        """
+        if number is not None:
+            finite = torch.stack(
+                [local(each).sum().isfinite().to(self._device) for each in self.sums.values()]
+            )
+            self._unchecked.append((number, finite))
+        late = 1 if number is not None and self._device.type != "cpu" else 0
+        while len(self._unchecked) > late:
+            place, finite = self._unchecked.pop(0)
+            if not finite.all():
+                names = [
+                    name for name, good in zip(self.sums, finite.tolist(), strict=True) if not good
+                ]
+                raise ValueError(
+                    "expected finite squared gradients; found NaN or infinity, or a square that "
+                    f"overflows, in batch {place} (counted from 0), in "
+                    f"{', '.join(map(repr, names))}. Look at the inputs, targets and loss of that "
+                    "batch; scale them, or use a wider type"
+                )
+
+
+def largest(sums: Mapping[str, Tensor]) -> list[float]:
+    """The largest entry of each sum."""
+    return [float(each.max()) if each.numel() else 0.0 for each in sums.values()]
+
+
+def differing(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], scales: list[float]
+) -> set[str]:
+    """The names whose sums differ by more than rounding, also that of half precision, explains.
+
+    A gradient that is zero but for rounding is small against the largest of all.
+
+    Args:
+        found: Sums by name.
+        expected: What they should be.
+        scales: For each of `expected`, its largest entry.
+    """
+    names = set()
+    for (name, right), scale in zip(expected.items(), scales, strict=True):
+        noise = (100 * torch.finfo(right.dtype).eps) ** 2 * max(scales)
+        if bool(((found[name] - right).abs() > 0.05 * scale + noise).any()):
+            names.add(name)
+    return names
+
+
+def _described(error: Exception) -> str:
+    """An error in one line."""
+    text = re.sub("0x[0-9a-f]+", "0x...", str(error))  # which differ from one time to the next
+    text = textwrap.shorten(text, 200, placeholder=" ...")
+    return f"vmap cannot do it ({type(error).__name__}: {text})"
+
+
+def _was_last(batches: Iterable[Any], number: int) -> bool:
+    """Whether batch `number` is known to be the last one."""
+    return isinstance(batches, Sized) and number + 1 == len(batches)

@@ -1,0 +1,84 @@
+"""Processes that run the cases of the tests together, started once for all of them."""
+
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+LIMIT = 120  # seconds; no case takes more than a few
+
+
+class Workers:
+    """`world` processes over gloo that wait for cases, functions of `(rank, world, *arguments)`."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._inboxes = [context.Queue() for _ in range(self.world)]
+        self._outbox = context.Queue()
+        store = str(Path(self._folder.name) / "store")
+        self._processes = [
+            context.Process(
+                target=_work, args=(rank, self.world, store, inbox, self._outbox), daemon=True
+            )
+            for rank, inbox in enumerate(self._inboxes)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, case: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Run a case on all; returns what each returned, or raises what the first raised.
+
+        If one does not answer in time, all are stopped, and the case fails.
+        """
+        for inbox in self._inboxes:
+            inbox.put((case, arguments))
+        answers: dict[int, tuple[Any, str]] = {}
+        for _ in self._processes:
+            try:
+                rank, value, failure = self._outbox.get(timeout=LIMIT)
+            except queue.Empty:
+                missing = sorted(set(range(self.world)) - set(answers))
+                told = "\n".join(failure for _, failure in answers.values() if failure)
+                self.stop()
+                self._start()
+                raise AssertionError(f"no answer from ranks {missing}: hung?\n{told}") from None
+            answers[rank] = value, failure
+        failures = [failure for _, failure in answers.values() if failure]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [answers[rank][0] for rank in range(self.world)]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _work(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=world,
+        init_method=f"file://{store}",
+        timeout=timedelta(seconds=LIMIT),
+    )
+    while True:
+        case, arguments = inbox.get()
+        try:
+            outbox.put((rank, case(rank, world, *arguments), ""))
+        except BaseException:
+            outbox.put((rank, None, f"--- rank {rank}\n{traceback.format_exc()}"))
