@@ -96,7 +96,7 @@ def sharding_states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
         return
     for module in model.modules():
         if isinstance(module, kind):
-            yield module, module._get_fsdp_state()  # type: ignore[attr-defined]
+            yield module, module._get_fsdp_state()
 
 
 def data_mesh(model: nn.Module) -> Any:
@@ -119,7 +119,8 @@ def sharded_behind(keeper: nn.Module | None, parameter: nn.Parameter) -> nn.Para
     """
     if keeper is None:
         return parameter
-    for group in keeper._get_fsdp_state()._fsdp_param_groups:  # type: ignore[operator]
+    state: Any = keeper._get_fsdp_state()  # type: ignore[operator]
+    for group in state._fsdp_param_groups:
         for one in group.fsdp_params:
             if getattr(one, "_unsharded_param", None) is parameter:
                 sharded: nn.Parameter = one.sharded_param

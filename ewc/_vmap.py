@@ -8,7 +8,7 @@ functions beneath it. They are PyTorch internals: nothing else in the library to
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
 from torch._C import _functorch
@@ -28,6 +28,15 @@ def beneath() -> Iterator[None]:
         yield
     finally:
         _functorch.push_dynamic_layer_stack(saved)
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Step out of every `vmap` that is running."""
+    with ExitStack() as stack:
+        while level():
+            stack.enter_context(beneath())
+        yield
 
 
 def is_batched(tensor: Tensor, at: int) -> bool:

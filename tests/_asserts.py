@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from ewc import EWC, _vmap
+from ewc._sharding import local
 from ewc.fisher._precision import _PRODUCTS
 
 
@@ -122,7 +123,8 @@ def _process() -> dict[str, Any]:
 
 def _bits(tensor: Tensor) -> Tensor:
     """The values bit for bit, so that NaN equals itself and -0 is not 0."""
-    dense = tensor.detach().to_dense() if tensor.is_sparse else tensor.detach()
+    own = local(tensor.detach())
+    dense = own.to_dense() if own.is_sparse else own
     return dense.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 

@@ -115,6 +115,11 @@ class InStep(Pass):
         return self._layers.adding_to(target, self._counts)
 
     @override
+    def _finite(self) -> Tensor:
+        # The sums hold what the other processes found, too: it is theirs to say in which batch.
+        return torch.stack([self._layers.finite[name].to(self._device) for name in self.sums])
+
+    @override
     def _differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
         found = {name: local(each) for name, each in found.items()}
         expected = {name: local(each) for name, each in expected.items()}

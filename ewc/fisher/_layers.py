@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
+from ewc import _vmap
 from ewc._distributed import Ranks
 from ewc._sharding import is_sharded, local, sharding_states
 
@@ -90,6 +91,7 @@ class Layers:
 
     Attributes:
         parameters: By name, what to differentiate by in place of each.
+        finite: By name, whether all squares of this process's own samples were finite so far.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Layers:
         }
         self._layers: list[_Layer] = []
         self.parameters: dict[str, nn.Parameter] = dict(parameters)
+        self.finite = {name: torch.tensor(True) for name in parameters}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -166,6 +169,7 @@ class Layers:
                 self._add_up(layer)
             for weight in self._unsharded.values():
                 if weight.total is not None and counts and weight.name is not None:
+                    self._look_at(weight.name, weight.total)
                     target[weight.name].add_(weight.total)
         finally:
             self.reset()
@@ -292,15 +296,20 @@ class Layers:
             self._ranks.meet(f"the squares of {layer.name!r}")
             for weight, total in found:
                 weight.total = None
+                assert weight.name is not None
+                if self._counts:
+                    self._look_at(weight.name, total)
                 mesh = weight.parameter.device_mesh  # type: ignore[attr-defined]
                 summands = total if self._counts else total.zero_()
                 groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
                 start = [Partial() if self._ranks.shares(g) else Replicate() for g in groups]
                 spread = DTensor.from_local(summands, mesh, start, run_check=False)
                 spread = spread.redistribute(mesh, weight.parameter.placements)  # type: ignore[attr-defined]
-                assert weight.name is not None
                 part = local(self._target[weight.name])
                 part.add_(local(spread).to(part.device))
+
+    def _look_at(self, name: str, total: Tensor) -> None:
+        self.finite[name] = self.finite[name].to(total.device) & total.sum().isfinite()
 
 
 class _Totals(Mapping[str, Tensor]):
@@ -348,7 +357,7 @@ def _gathered(parameter: nn.Parameter, like: Tensor) -> Tensor:
 def _outside() -> Iterator[None]:
     """Step out of `vmap`, of all that watches functions, and of autograd."""
     with ExitStack() as stack:
-        stack.enter_context(torch._C._DisableFuncTorch())
+        stack.enter_context(_vmap.outside())
         stack.enter_context(torch._C.DisableTorchFunction())
         stack.enter_context(torch.no_grad())
         yield

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ewc._batches import Batch, InvalidBatch, apply
 from ewc._guard import Guard
 from ewc._randomness import Randomness
-from ewc._sharding import local
 from ewc.fisher._interception import Apart
 from ewc.fisher._mixing import refuse_mixing
 from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
@@ -262,6 +261,10 @@ class Pass:
         """Where squares are added while the model runs, to end up in `target`."""
         return nullcontext(target)
 
+    def _finite(self) -> Tensor:
+        """For each parameter, whether this process has found no square that is not finite."""
+        return torch.stack([each.sum().isfinite().to(self._device) for each in self.sums.values()])
+
     def _differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
         """The names whose sums differ by more than rounding explains."""
         return differing(found, expected, largest(expected))
@@ -272,10 +275,7 @@ class Pass:
         By then the verdict is there, and reading it does not hold up the next batch.
         """
         if number is not None:
-            finite = torch.stack(
-                [local(each).sum().isfinite().to(self._device) for each in self.sums.values()]
-            )
-            self._unchecked.append((number, finite))
+            self._unchecked.append((number, self._finite()))
         late = 1 if number is not None and self._device.type != "cpu" else 0
         while len(self._unchecked) > late:
             place, finite = self._unchecked.pop(0)

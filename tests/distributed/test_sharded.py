@@ -1,0 +1,312 @@
+"""Parameters sharded over processes: `fully_shard`, tensor parallel, and both."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+
+from ewc import EWC, Classification, OnlineEWC
+from tests import oracle
+from tests._asserts import unchanged
+from tests.distributed.workers import Workers
+
+CLASSES = 5
+
+
+class Attentive(nn.Module):
+    """A layer of a transformer, a token and positions of its own, a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(CLASSES, 8)
+        self.position = nn.Parameter(torch.randn(6, 8))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.position[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return F.linear(self.norm(x).mean(1), self.embed.weight)
+
+
+class Convolutional(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)
+        )
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 7, batch_first=True)
+        self.head = nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def perceptron() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, CLASSES)
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "perceptron": (perceptron, (6,)),
+    "convolutional": (Convolutional, (1, 6, 6)),
+    "recurrent": (Recurrent, (4, 3)),
+    "attentive": (Attentive, ()),
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name][0]()
+
+
+def data(name: str, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(CLASSES, (samples,), generator=generator)
+    if name == "attentive":
+        return torch.randint(CLASSES, (samples, 6), generator=generator), targets
+    return torch.randn(samples, *MODELS[name][1], generator=generator), targets
+
+
+def share(batch: tuple[Tensor, Tensor], rank: int, sizes: list[int]) -> list[Any]:
+    begin = sum(sizes[:rank])
+    x, y = (each[begin : begin + sizes[rank]] for each in batch)
+    step = 2 + rank
+    return [(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step)]
+
+
+def nll(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def right(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return {name: s / len(batch[1]) for name, s in oracle.empirical(model, batch, nll).items()}
+
+
+def assert_whole(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
+    assert list(found) == list(expected)
+    for name, each in expected.items():
+        assert isinstance(found[name], DTensor)
+        torch.testing.assert_close(found[name].full_tensor().double(), each, rtol=rtol, atol=1e-10)
+
+
+def shard(model: nn.Module, how: str, **options: Any) -> None:
+    if how == "layers":
+        for child in model.children():
+            for one in child if isinstance(child, nn.ModuleList) else [child]:
+                if any(True for _ in one.parameters()) and one is not getattr(model, "embed", None):
+                    fully_shard(one, **options)
+    if how == "nested":
+        for module in reversed(list(model.modules())):
+            own = any(True for _ in module.parameters(recurse=False))
+            inside = isinstance(module, nn.MultiheadAttention) or module is getattr(
+                model, "embed", None
+            )
+            if own and not inside and type(module).__name__ != "NonDynamicallyQuantizableLinear":
+                fully_shard(module, **options)
+    if not hasattr(model, "unshard"):
+        fully_shard(model, **options)
+
+
+def equals_one_process(rank: int, world: int, name: str, how: str) -> list[str]:
+    model = build(name)
+    sizes = [5, 9, 0, 4][:world] if how != "root" else [6, 3, 5, 2][:world]
+    batch = data(name, sum(sizes))
+    expected = right(model, batch)
+    shard(model, how)
+    paths = []
+    for kind in (EWC, OnlineEWC):
+        ewc = kind(model, Classification(), strength=2.0)
+        with unchanged(None, model):
+            summary = ewc.consolidate(share(batch, rank, sizes))
+        assert summary.samples == sum(sizes)
+        assert_whole(ewc.fisher, expected)
+        paths = sorted({f"{key}: {path}" for key, path in summary.paths.items()})
+        assert ewc().item() == 0
+    return paths
+
+
+@pytest.mark.parametrize("how", ["root", "layers", "nested"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_one_process(workers: Workers, name: str, how: str) -> None:
+    paths = workers.run(equals_one_process, name, how)
+    assert all(one == paths[0] for one in paths)
+    assert not any("loop" in path for path in paths[0]), paths[0]
+
+
+def with_replicas(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = build("perceptron")
+    sizes = [3, 0, 4, 2]
+    batch = data("perceptron", sum(sizes))
+    expected = right(model, batch)
+    for child in model:
+        if isinstance(child, nn.Linear):
+            fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ewc = EWC(model, Classification())
+    assert ewc.consolidate(share(batch, rank, sizes)).samples == sum(sizes)
+    assert_whole(ewc.fisher, expected)
+    assert ewc.fisher["0.weight"].to_local().shape == (4, 6)
+
+
+def test_sharded_within_and_replicated_across(four: Workers) -> None:
+    four.run(with_replicas)
+
+
+TENSOR_PARALLEL = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+
+
+def tensor_parallel(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    batch = data("perceptron", 6)
+    expected = right(build("perceptron"), batch)
+    for kind in (EWC, OnlineEWC):
+        model = build("perceptron")
+        parallelize_module(model, mesh["tp"], TENSOR_PARALLEL)
+        ewc = kind(model, Classification())
+        summary = ewc.consolidate([batch])
+        assert summary.samples == 6
+        assert set(summary.paths.values()) == {"rule"}
+        for name, each in expected.items():
+            whole = ewc.fisher[name]
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            torch.testing.assert_close(whole.double(), each, rtol=1e-5, atol=1e-10)
+        assert_trains(model, ewc, batch)
+
+
+def assert_trains(model: nn.Module, ewc: EWC, batch: tuple[Tensor, Tensor]) -> None:
+    """Value and gradient of loss and penalty, after a step, are those of one process."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    whole = {name: full(p) for name, p in model.named_parameters()}
+    fisher = {name: full(each) for name, each in ewc.fisher.items()}
+    anchor = {name: full(each) for name, each in ewc.anchor.items()}
+    expected = sum((fisher[n] * (whole[n] - anchor[n]) ** 2).sum() for n in fisher)
+    expected = expected * ewc.strength / 2
+    penalty = ewc()
+    assert type(penalty) is Tensor
+    torch.testing.assert_close(penalty.detach(), expected)
+    model.zero_grad()
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    before = {name: full(p.grad) for name, p in model.named_parameters()}
+    model.zero_grad()
+    (F.cross_entropy(model(batch[0]), batch[1]) + ewc()).backward()
+    for name, parameter in model.named_parameters():
+        gradient = ewc.strength * fisher[name] * (whole[name] - anchor[name])
+        torch.testing.assert_close(full(parameter.grad), before[name] + gradient)
+    model.zero_grad()
+
+
+def full(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def test_tensor_parallel(two: Workers) -> None:
+    two.run(tensor_parallel)
+
+
+def tensor_parallel_and_sharded(rank: int, world: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    sizes = [3, 5]
+    batch = data("perceptron", sum(sizes))
+    expected = right(build("perceptron"), batch)
+    for kind in (EWC, OnlineEWC):
+        model = build("perceptron")
+        parallelize_module(model, mesh["tp"], TENSOR_PARALLEL)
+        for child in model:
+            if isinstance(child, nn.Linear):
+                fully_shard(child, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+        ewc = kind(model, Classification())
+        own = share(batch, mesh["dp"].get_local_rank(), sizes)
+        summary = ewc.consolidate(own)
+        assert summary.samples == sum(sizes)
+        assert_whole(ewc.fisher, expected)
+        assert_trains(model, ewc, own[0])
+
+
+def test_tensor_parallel_and_sharded(four: Workers) -> None:
+    four.run(tensor_parallel_and_sharded)
+
+
+def mixed_precision(rank: int, world: int) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = build("perceptron")
+    sizes = [4, 3, 2, 5][:world]
+    batch = data("perceptron", sum(sizes))
+    narrow = copy.deepcopy(model).bfloat16()
+    expected = right(narrow, (batch[0].bfloat16(), batch[1]))
+    shard(model, "layers", mp_policy=policy)
+    ewc = EWC(model, Classification())
+    ewc.consolidate(share(batch, rank, sizes))
+    for name, each in expected.items():
+        found = ewc.fisher[name].full_tensor()
+        assert found.dtype == torch.float32
+        # Gradients in bfloat16 have eight bits; products in another order round otherwise.
+        error = (found.double() - each).norm() / each.norm()
+        assert error < 0.02, (name, error)
+
+
+def test_mixed_precision(workers: Workers) -> None:
+    workers.run(mixed_precision)
+
+
+def penalty_in_training(rank: int, world: int, name: str, how: str) -> None:
+    """The same steps as one process, with and without accumulation of gradients."""
+    alone = build(name)
+    model = build(name)
+    size = 8
+    batch = data(name, size * world)
+    own = tuple(each[rank * size : (rank + 1) * size] for each in batch)
+    shard(model, how)
+    group = torch.distributed.new_subgroups(group_size=1)[0]
+    one = EWC(alone, Classification(), strength=3.0, process_group=group)
+    many = EWC(model, Classification(), strength=3.0)
+    one.consolidate([batch])
+    many.consolidate([own])
+    first, second = (
+        torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (alone, model)
+    )
+    for accumulated in (1, 1, 2):
+        alone.eval()
+        model.eval()
+        (F.cross_entropy(alone(batch[0]), batch[1]) + one()).backward()
+        for x, y in zip(*(each.chunk(accumulated) for each in own), strict=True):
+            loss = F.cross_entropy(model(x), y) + many()
+            (loss / accumulated).backward()
+        torch.testing.assert_close(many(), one(), rtol=1e-5, atol=1e-9)
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+        for right_one, found in zip(alone.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(full(found), right_one.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["root", "layers"])
+@pytest.mark.parametrize("name", ["perceptron", "attentive"])
+def test_penalty_in_training(workers: Workers, name: str, how: str) -> None:
+    workers.run(penalty_in_training, name, how)
