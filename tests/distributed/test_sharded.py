@@ -148,10 +148,14 @@ def equals_one_process(rank: int, world: int, name: str, how: str) -> list[str]:
 
 @pytest.mark.parametrize("how", ["root", "layers", "nested"])
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_one_process(workers: Workers, name: str, how: str) -> None:
-    paths = workers.run(equals_one_process, name, how)
+def test_equals_one_process(two: Workers, name: str, how: str) -> None:
+    paths = two.run(equals_one_process, name, how)
     assert all(one == paths[0] for one in paths)
     assert not any("loop" in path for path in paths[0]), paths[0]
+
+
+def test_four_equal_one_process(four: Workers) -> None:
+    four.run(equals_one_process, "attentive", "layers")
 
 
 def with_replicas(rank: int, world: int) -> None:
@@ -307,6 +311,9 @@ def penalty_in_training(rank: int, world: int, name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["root", "layers"])
-@pytest.mark.parametrize("name", ["perceptron", "attentive"])
-def test_penalty_in_training(workers: Workers, name: str, how: str) -> None:
-    workers.run(penalty_in_training, name, how)
+def test_penalty_in_training(workers: Workers, how: str) -> None:
+    workers.run(penalty_in_training, "perceptron", how)
+
+
+def test_penalty_in_the_training_of_a_transformer(two: Workers) -> None:
+    two.run(penalty_in_training, "attentive", "layers")
