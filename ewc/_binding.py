@@ -60,6 +60,12 @@ class Binding:
         }
         self.state = replace(state, quadratics=quadratics)
         self._anchors = [known.anchor for known in quadratics.values()]
+        # Where not all of a parameter is protected, or not all of it is here.
+        self._partial = [
+            place
+            for place, (parameter, anchor) in enumerate(zip(parameters, self._anchors, strict=True))
+            if parameter.shape != anchor.shape or is_sharded(parameter)
+        ]
         precisions = [precision(name, known) for name, known in quadratics.items()]
         constants = [known.constant for known in quadratics.values()]
         members: dict[Groups, list[int]] = {}
@@ -85,8 +91,9 @@ class Binding:
 
     def penalty(self, strength: float) -> Tensor:
         """The penalty at the parameters' present values."""
-        pairs = zip(self._live.parameters, self._anchors, strict=True)
-        thetas = [local(covered(parameter, anchor)) for parameter, anchor in pairs]
+        thetas: list[Tensor] = [*self._live.parameters]
+        for place in self._partial:
+            thetas[place] = local(covered(thetas[place], self._anchors[place]))
         return _added(
             [
                 summed(

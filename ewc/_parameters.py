@@ -10,6 +10,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ _WRAPPERS = (
     ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
     ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
 )
+
+_layout = attrgetter("dtype", "shape", "device")
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -172,33 +175,34 @@ class Live:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         edges: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
         self.parameters: list[nn.Parameter] = []
-        self._places: list[tuple[_Place, nn.Parameter]] = []
+        self._places: list[_Place] = []
         for name in names:
             place = _place(model, name)
             assert place is not None
             for registry, key in place.edges:
                 edges[id(registry), key] = (registry, key, registry[key])
             self.parameters.append(place.parameter)
-            self._places.append((place, place.parameter))
+            self._places.append(place)
+        self._registries = [place.registry for place in self._places]
+        self._names = [place.key for place in self._places]
         self._edges = list(edges.values())
-        self._layouts = [(p, p.shape, p.dtype, p.device) for p in self.parameters]
+        self._layouts = list(map(_layout, self.parameters))
 
     def holds(self) -> bool:
         """Whether nothing on the paths was replaced, and no parameter changed its layout."""
         for registry, key, expected in self._edges:
             if key not in registry or registry[key] is not expected:
                 return False
-        for place, parameter in self._places:
-            if not place.holds(parameter):
-                return False
-        for parameter, shape, dtype, device in self._layouts:
-            if (
-                parameter.dtype is not dtype
-                or parameter.shape != shape
-                or parameter.device != device
-            ):
-                return False
-        return True
+        # No loops in Python where all is well: for a thousand small parameters they would cost
+        # more than the arithmetic.
+        try:
+            found = map(getitem, self._registries, self._names)
+            unmoved = all(map(is_, found, self.parameters))
+        except KeyError:
+            return False
+        if not unmoved and not all(map(_Place.holds, self._places, self.parameters)):
+            return False
+        return list(map(_layout, self.parameters)) == self._layouts
 
 
 def _inner_key(module: nn.Module) -> str | None:

@@ -27,7 +27,7 @@ class _Limits:
 # Three float32 blocks fit a core's own cache. Elsewhere launches are what costs, and blocks only
 # bound the scratch memory.
 _CPU = _Limits(small=2**13, block=2**16)
-_ACCELERATOR = _Limits(small=2**16, block=2**24)
+_ACCELERATOR = _Limits(small=2**20, block=2**24)
 
 
 class Penalty:
@@ -51,8 +51,7 @@ class Penalty:
         self.anchors = anchors
         self.constant = constant
         self.dtype, self.device = result_dtype(thetas), thetas[0].device
-        self._dtypes = [theta.dtype for theta in thetas]
-        self._groups = list(_grouped(precisions, anchors))
+        self._groups = list(_grouped(thetas, precisions, anchors))
         self._device_types = sorted({theta.device.type for theta in thetas})
 
     def __call__(self, thetas: Sequence[Tensor], strength: float) -> Tensor:
@@ -63,12 +62,12 @@ class Penalty:
     def evaluate(
         self, thetas: Sequence[Tensor], strength: float, *, with_gradients: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """The value, and for each group `precision * (theta - anchor)`, flat, if asked for."""
+        """The value, and for each group its gradient, flat, if asked for; without autograd."""
         gradients: list[Tensor] = []
         parts: dict[torch.device, list[Tensor]] = {}
         with _without_autocast(self._device_types):
             for group in self._groups:
-                squares, gradient = group.evaluate(thetas, with_gradient=with_gradients)
+                squares, gradient = group.evaluate(thetas, strength, with_gradient=with_gradients)
                 parts.setdefault(squares[0].device, []).extend(squares)
                 if gradient is not None:
                     gradients.append(gradient)
@@ -77,22 +76,25 @@ class Penalty:
             # Few and positive: nothing is lost in adding them up as they are.
             sums = [torch.stack(part).sum().to(self.device) for part in parts.values()]
             total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-            return (total + self.constant).mul_(0.5 * strength).to(self.dtype), gradients
+            return (total + strength * self.constant).mul_(0.5).to(self.dtype), gradients
 
-    def scaled(self, gradients: list[Tensor], factor: Tensor) -> dict[int, Tensor]:
-        """Multiply what `evaluate` returned, in place, and take it apart by the thetas' index."""
-        on = {device: factor.to(device) for device in {g.device for g in gradients}}
+    def scaled(self, gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
+        """Multiply what `evaluate` returned, in place, and take it apart: one for each theta."""
+        # Nearly always the loss has the penalty as a term, and the factor is 1. Only on the CPU can
+        # that be seen for nothing.
+        if factor.device.type != "cpu" or factor != 1:
+            on = {device: factor.to(device) for device in {g.device for g in gradients}}
+            for gradient in gradients:
+                gradient.mul_(on[gradient.device])
         found: dict[int, Tensor] = {}
         for group, gradient in zip(self._groups, gradients, strict=True):
-            gradient.mul_(on[gradient.device])
-            for index, part in group.split(gradient):
-                found[index] = part.to(self._dtypes[index])
-        return found
+            found.update(group.split(gradient))
+        return [found[index] for index in range(len(found))]
 
-    def gradient(self, index: int, theta: Tensor, factor: Tensor) -> Tensor:
-        """The gradient of one theta by differentiable operations."""
-        distance = theta - self.anchors[index]
-        return (factor.to(theta.device) * (self.precisions[index] * distance)).to(theta.dtype)
+    def gradient(self, index: int, theta: Tensor, strength: float, factor: Tensor) -> Tensor:
+        """The gradient of one theta by differentiable operations, rounded as in `evaluate`."""
+        part = strength * (theta - self.anchors[index]) * self.precisions[index]
+        return (part * factor.to(theta.device)).to(theta.dtype)
 
 
 def expression(
@@ -145,16 +147,14 @@ class _Evaluate(Function):
         if ctx.strength == 0:  # also where the gradient has overflowed
             zeros = zip(needed, ctx.saved_tensors, strict=True)
             return (None, None, *(torch.zeros_like(p) if use else None for use, p in zeros))
-        factor = grad * ctx.strength
-        found: list[Tensor | None] = [None] * len(needed)
         if gradients is None or torch.is_grad_enabled():
-            for index, theta in enumerate(ctx.saved_tensors):
-                if needed[index]:
-                    found[index] = penalty.gradient(index, theta, factor)
+            found = [
+                penalty.gradient(index, theta, ctx.strength, grad) if use else None
+                for index, (use, theta) in enumerate(zip(needed, ctx.saved_tensors, strict=True))
+            ]
         else:
-            for index, gradient in penalty.scaled(gradients, factor).items():
-                if needed[index]:
-                    found[index] = gradient
+            parts = zip(needed, penalty.scaled(gradients, grad), strict=True)
+            found = [part if use else None for use, part in parts]
         return (None, None, *found)
 
 
@@ -163,17 +163,26 @@ class _Group:
 
     Args:
         indices: Which thetas they are.
+        thetas: Tensors of their layout.
         precisions: Their curvatures.
         anchors: Their anchors.
         block: How many elements to work on at once.
     """
 
     def __init__(
-        self, indices: list[int], precisions: list[Tensor], anchors: list[Tensor], block: int
+        self,
+        indices: list[int],
+        thetas: list[Tensor],
+        precisions: list[Tensor],
+        anchors: list[Tensor],
+        block: int,
     ) -> None:
         self._indices = indices
+        self._dtypes = [theta.dtype for theta in thetas]
         self._anchors = anchors
         self._block = block
+        self._zero = anchors[0].new_zeros(())
+        self._narrowed = any(dtype is not self._zero.dtype for dtype in self._dtypes)
         # Views, unless small parameters are laid side by side here.
         self._blocks = list(
             zip(
@@ -184,17 +193,13 @@ class _Group:
         )
 
     def evaluate(
-        self, thetas: Sequence[Tensor], *, with_gradient: bool
+        self, thetas: Sequence[Tensor], strength: float, *, with_gradient: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Sums of `precision * |theta - anchor|^2`, and the flat `precision * (theta - anchor)`."""
-        theta = _flat([thetas[index].detach() for index in self._indices])
-        if len(self._blocks) == 1:
-            (precision, anchor), *_ = self._blocks
-            distance = theta - anchor
-            gradient = distance * precision
-            return [torch.vdot(distance, gradient).real], gradient if with_gradient else None
-        scratch = self._blocks[0][1].new_empty(self._block)
-        flat = self._blocks[0][1].new_empty(theta.numel() if with_gradient else self._block)
+        """`strength` times sums of `precision * |theta - anchor|^2`, and the flat gradient."""
+        theta = _flat([thetas[index] for index in self._indices])
+        size = min(self._block, theta.numel())
+        scratch = self._zero.new_empty(size)
+        flat = self._zero.new_empty(theta.numel() if with_gradient else size)
         squares = []
         for index, part in enumerate(torch.split(theta, self._block)):
             precision, anchor = self._blocks[index]
@@ -202,24 +207,30 @@ class _Group:
             start = index * self._block if with_gradient else 0
             distance, gradient = scratch[:size], flat[start : start + size]
             torch.sub(part, anchor, out=distance)
-            torch.mul(distance, precision, out=gradient)
+            # A product of three in one operation.
+            torch.addcmul(self._zero, distance, precision, value=strength, out=gradient)
             squares.append(torch.vdot(distance, gradient).real)
         return squares, flat if with_gradient else None
 
     def split(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Take a flat tensor apart: views of it by the thetas' index."""
-        parts: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, self._anchors)
+        """Take a flat tensor apart: views of it, in the thetas' dtypes, by the thetas' index."""
+        parts: Sequence[Tensor] = _unflatten_dense_tensors(flat, self._anchors)
+        if self._narrowed:
+            parts = [part.to(dtype) for part, dtype in zip(parts, self._dtypes, strict=True)]
         return zip(self._indices, parts, strict=True)
 
 
-def _grouped(precisions: Sequence[Tensor], anchors: Sequence[Tensor]) -> Iterator[_Group]:
+def _grouped(
+    thetas: Sequence[Tensor], precisions: Sequence[Tensor], anchors: Sequence[Tensor]
+) -> Iterator[_Group]:
     """Lay small parameters side by side, as many as make a block; leave others alone."""
     open_groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
 
     def group(indices: list[int], block: int) -> _Group:
-        return _Group(
-            indices, [precisions[i] for i in indices], [anchors[i] for i in indices], block
+        theta, precision, anchor = (
+            [tensors[index] for index in indices] for tensors in (thetas, precisions, anchors)
         )
+        return _Group(indices, theta, precision, anchor, block)
 
     for index, anchor in enumerate(anchors):
         limits = _CPU if anchor.device.type == "cpu" else _ACCELERATOR
