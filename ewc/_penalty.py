@@ -5,6 +5,7 @@ alone. Here the parameters are taken in blocks that stay in cache, and the gradi
 the value. Small parameters are laid side by side, so that a hundred biases cost one operation.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -182,6 +183,7 @@ class _Group:
         self._anchors = anchors
         self._block = block
         self._zero = anchors[0].new_zeros(())
+        self._largest = torch.finfo(self._zero.dtype).max
         self._narrowed = any(dtype is not self._zero.dtype for dtype in self._dtypes)
         # Views, unless small parameters are laid side by side here.
         self._blocks = list(
@@ -201,6 +203,8 @@ class _Group:
         scratch = self._zero.new_empty(size)
         flat = self._zero.new_empty(theta.numel() if with_gradient else size)
         squares = []
+        # Torch refuses a number that the dtype cannot hold, but not infinity.
+        strength = strength if strength <= self._largest else math.inf
         for index, part in enumerate(torch.split(theta, self._block)):
             precision, anchor = self._blocks[index]
             size = part.numel()

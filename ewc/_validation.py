@@ -18,7 +18,10 @@ def number(what: str, value: object, *, low: float = 0.0, high: float = math.inf
     allowed = f"a finite number >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} must be {allowed}; found {value!r} ({type(value).__name__}).")
-    found = float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # an int with hundreds of digits
+        found = math.inf
     if not math.isfinite(found) or not low <= found <= high:
         raise ValueError(f"{what} must be {allowed}; found {value!r}.")
     return found

@@ -57,7 +57,8 @@ def refuse_mixing(
             restore()
 
     with _Readings() as readings:
-        both, first, second = (run(part) for part in parts)
+        # No generator, which would turn a StopIteration of the model into another error.
+        both, first, second = [run(part) for part in parts]
     if _agree(both, first, second, tolerance):
         return
     if readings.seen or not _equal(first, run(parts[1])):

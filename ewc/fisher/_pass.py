@@ -325,4 +325,7 @@ def _described(error: Exception) -> str:
 
 def _was_last(batches: Iterable[Any], number: int) -> bool:
     """Whether batch `number` is known to be the last one."""
-    return isinstance(batches, Sized) and number + 1 == len(batches)
+    try:
+        return isinstance(batches, Sized) and number + 1 == len(batches)
+    except TypeError:  # a DataLoader over an iterable has a `__len__` that raises
+        return False
