@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from ewc._distributed import leads, maximum, summed, total
-from ewc._parameters import Live, find, is_parametrized
+from ewc._parameters import Live, check_materialised, find, is_parametrized
 from ewc._penalty import Penalty, expression
 from ewc._quadratic import Quadratic, covered, fits
 from ewc._sharding import Groups, is_sharded, local, summed_over
@@ -167,11 +167,13 @@ def check_fit(model: nn.Module, state: State, chosen: Iterable[str]) -> None:
         chosen: Names that must be there even if nothing is known of them yet.
 
     Raises:
-        ValueError: Parameters are gone, parametrized, or of another shape; all are listed.
+        ValueError: Parameters are gone, parametrized, or of another shape; all are listed. Or one
+            has no values, so that the state would be lost if it followed.
     """
     problems = {}
-    for name in dict.fromkeys([*state.quadratics, *chosen]):
-        parameter = find(model, name)
+    found = {name: find(model, name) for name in [*state.quadratics, *chosen]}
+    check_materialised((name, one) for name, one in found.items() if one is not None)
+    for name, parameter in found.items():
         known = state.quadratics.get(name)
         if parameter is None:
             problems[name] = "has been parametrized" if is_parametrized(model, name) else "is gone"

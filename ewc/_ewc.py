@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ewc._binding import Binding, check_fit, traced_penalty
 from ewc._distributed import ALONE, Ranks, ranks_of, wrapper_group
 from ewc._parameters import (
+    check_initialised,
     check_materialised,
     find,
     in_order,
@@ -411,6 +412,7 @@ class EWC:
                 f"{'the names given' if self._chosen is not None else 'those of the model'}."
             )
         check_materialised(trainable.items())
+        check_initialised(named_parameters(self._model).items())
         return trainable
 
     def _all_protected(self) -> dict[str, nn.Parameter]:
@@ -486,6 +488,13 @@ class EWC:
                 "Check the scale of the likelihood"
                 + (', or take reduction="mean".' if self._reduction == "sum" else ".")
             )
+        wild = [name for name, one in merged.items() if not local(one.anchor).isfinite().all()]
+        if wild:
+            raise ValueError(
+                f"Protected parameters must be finite; {', '.join(map(repr, wild))} has NaN or "
+                "infinite entries, around which no penalty is finite. Mend them, or leave the "
+                "parameter out: requires_grad_(False), or the argument parameters."
+            )
         return State(
             merged,
             self._state.n_tasks + 1,
@@ -501,8 +510,9 @@ class EWC:
         copies = {}
         for name, known in self._state.quadratics.items():
             parameter = find(self._model, name)
-            beside = known if parameter is None else known.beside(parameter)
-            copies[name] = of(beside).clone()
+            if parameter is not None and not parameter.is_meta:
+                known = known.beside(parameter)
+            copies[name] = of(known).clone()
         return copies
 
     def _checked_likelihood(self, likelihood: Likelihood) -> Likelihood:

@@ -75,6 +75,11 @@ class Guard:
     def _take_back(self) -> None:
         try:
             self.restore()
+            # Batch norm writes its statistics without counting a version.
+            with torch.no_grad():
+                for tensor, value in self._values:
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)
         finally:
             for module, training in self._flags:
                 module.training = training

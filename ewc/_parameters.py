@@ -143,17 +143,27 @@ def select(
     return tuple(name for name in canonical if name in wanted)
 
 
-def check_materialised(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Refuse parameters that have no values yet.
+def check_initialised(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse parameters that the next forward would initialise.
 
     Raises:
-        ValueError: Some are lazy (uninitialised) or on the meta device.
+        ValueError: One is lazy.
     """
     for name, parameter in parameters:
         if nn.parameter.is_lazy(parameter):
             raise ValueError(
                 f"Parameters must be initialised; {name!r} is lazy. Run a forward first."
             )
+
+
+def check_materialised(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse parameters that have no values.
+
+    Raises:
+        ValueError: One is lazy (uninitialised) or on the meta device.
+    """
+    for name, parameter in parameters:
+        check_initialised([(name, parameter)])
         if parameter.is_meta:
             raise ValueError(
                 f"Parameters must hold values; {name!r} is on the meta device. Materialise first, "
@@ -178,7 +188,11 @@ class Live:
         self._places: list[_Place] = []
         for name in names:
             place = _place(model, name)
-            assert place is not None
+            if place is None:
+                raise ValueError(
+                    "Modules and parameters must have names without a dot; found no way to "
+                    f"{name!r}. Rename the one that has a dot, or leave it out."
+                )
             for registry, key in place.edges:
                 edges[id(registry), key] = (registry, key, registry[key])
             self.parameters.append(place.parameter)

@@ -192,6 +192,11 @@ class _Reader:
                     f"unexpected {name!r}: the model has no such parameter ({known})"
                 )
                 continue
+            if parameter.is_meta:
+                self.problems.append(
+                    f"the parameter {name!r} is on the meta device; materialise the model first"
+                )
+                continue
             entries = {key: table[name] for key, table in tables.items() if name in table}
             quadratic = self._quadratic(name, parameter, entries)
             if quadratic is not None:
@@ -311,6 +316,10 @@ class _Reader:
         label = f"{key}[{name!r}]"
         if not isinstance(found, Tensor):
             self.problems.append(f"{label} must be a tensor; found {type(found).__name__}")
+            return
+        if found.layout is not torch.strided or found.is_meta:
+            kind = "the meta device" if found.is_meta else str(found.layout)
+            self.problems.append(f"{label} must be dense and hold values; found one of {kind}")
             return
         if not fits(found.shape, parameter.shape):
             self.problems.append(

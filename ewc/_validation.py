@@ -18,13 +18,18 @@ def number(what: str, value: object, *, low: float = 0.0, high: float = math.inf
     allowed = f"a finite number >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} must be {allowed}; found {value!r} ({type(value).__name__}).")
-    try:
-        found = float(value)
-    except OverflowError:  # an int with hundreds of digits
-        found = math.inf
+    found = as_float(value)
     if not math.isfinite(found) or not low <= found <= high:
         raise ValueError(f"{what} must be {allowed}; found {value!r}.")
     return found
+
+
+def as_float(value: Real) -> float:
+    """The nearest float; infinite for an integer that is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def positive_int(what: str, value: object) -> int:

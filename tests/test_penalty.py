@@ -163,6 +163,14 @@ def test_strength_zero_is_zero_even_where_squares_overflow():
     assert torch.equal(theta.grad, torch.zeros(3))
 
 
+def test_strength_beyond_the_dtype():
+    theta = nn.Parameter(torch.ones(3))
+    value = Penalty([theta], [torch.ones(3)], [torch.zeros(3)], 0.0)([theta], 1e300)
+    assert value.isinf()
+    (gradient,) = torch.autograd.grad(value, [theta])
+    assert gradient.isinf().all()
+
+
 @pytest.mark.parametrize("shapes", [SHAPES["small"], SHAPES["blocks"]], ids=["small", "blocks"])
 class TestRow44:
     """Backward in every way that autograd offers."""

@@ -94,6 +94,7 @@ class Pass:
                     batch, self._truncated = batch.take(0, left), True
                 left -= batch.size
             if batch.size:
+                self._restore()  # a loader may run the model too, in a mode of its own
                 yield batch
             if left == 0:
                 self._truncated = self._truncated or not _was_last(batches, number)

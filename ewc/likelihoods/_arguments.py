@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ewc._validation import as_float
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -55,7 +57,7 @@ def positive(name: str, value: Any) -> float | Tensor:
         return copied if copied.is_floating_point() else copied.to(torch.get_default_dtype())
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{rule}; found {value!r}.")
-    number = float(value)
+    number = as_float(value)
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{rule}; found {value!r}.")
     return number

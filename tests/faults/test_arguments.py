@@ -11,7 +11,8 @@ from ewc import Classification, Custom, NothingProtectedWarning, OnlineEWC, Regr
 from tests._asserts import raises, unchanged
 from tests._tasks import make, make_model, make_task, shift
 
-NUMBERS = [-1.0, float("nan"), float("inf"), -float("inf"), True, "1", None, 1j, [1.0]]
+HUGE = pytest.param(10**400, id="10**400")
+NUMBERS = [-1.0, float("nan"), float("inf"), -float("inf"), True, "1", None, 1j, [1.0], HUGE]
 
 
 @pytest.mark.parametrize("wrong", NUMBERS, ids=repr)
@@ -186,6 +187,13 @@ def test_row_04a_parameters_that_are_not_the_models_or_frozen(kind):
 def test_row_05_lazy_parameters(kind):
     with raises(ValueError, "'0.weight' is lazy", "Run a forward first"):
         kind(nn.Sequential(nn.LazyLinear(3)), Classification())
+
+
+def test_row_05_lazy_elsewhere(kind):
+    # Its first forward would be that of the consolidation, and would change the model.
+    model = nn.Sequential(nn.Linear(5, 4), nn.LazyLinear(3))
+    with raises(ValueError, "'1.weight' is lazy", "Run a forward first"):
+        kind(model, Classification(), parameters=["0.weight"])
 
 
 def test_row_05_meta_parameters(kind):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ewc import Classification, Custom, Regression
 from tests._asserts import raises, unchanged
@@ -69,6 +69,18 @@ def test_row_10_a_smaller_last_batch_weighs_less(kind):
     (x, y), *_ = make_task(size=7)
     model, ewc = make(kind, n_tasks=0)
     ewc.consolidate(DataLoader(TensorDataset(x, y), batch_size=3))
+    assert_close(ewc.fisher, explicit_fisher(model, [(x, y)]))
+
+
+def test_row_10a_max_samples_where_a_loader_has_no_length(kind):
+    (x, y), *_ = make_task(size=6)
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return zip(x, y, strict=True)
+
+    model, ewc = make(kind, n_tasks=0, max_samples=6)
+    assert ewc.consolidate(DataLoader(Stream(), batch_size=3)).samples == 6
     assert_close(ewc.fisher, explicit_fisher(model, [(x, y)]))
 
 

@@ -49,6 +49,26 @@ def test_row_15_the_sum_overflows(kind):
         ewc.consolidate(make_task(), dataset_size=10**60)
 
 
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")], ids=str)
+def test_row_15a_a_parameter_that_is_not_finite(kind, value):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = make_model()
+            self.mask = nn.Parameter(torch.zeros(CLASSES))
+
+        def forward(self, x):
+            return self.body(x) + self.mask.nan_to_num(0.0, 0.0, 0.0)
+
+    model = Masked()
+    ewc = kind(model, Classification())
+    ewc.consolidate(make_task())
+    with torch.no_grad():
+        model.mask[0] = value
+    with unchanged(ewc, model), raises(ValueError, "must be finite", "'mask'", "requires_grad_"):
+        ewc.consolidate(make_task(1))
+
+
 class Ignored(nn.Module):
     """A model with two parameters that do not matter."""
 
@@ -198,6 +218,17 @@ def test_row_17_an_error_in_the_middle_is_raised_again(kind, place, error):
         assert caught.value is error
     consolidate(fails_at(len(calls) + 1, error))
     assert ewc.n_tasks == 2
+
+
+@pytest.mark.parametrize("place", ["forward", "likelihood", "backward"])
+def test_row_17_a_stop_iteration_ends_no_loop_of_ours(kind, place):
+    # In a loader it is no error: it says that there are no more batches.
+    calls = []
+    prepared(kind, place)[2](lambda: calls.append(None))
+    model, ewc, consolidate = prepared(kind, place)
+    for call in range(1, len(calls) + 1):
+        with unchanged(ewc, model), raises(StopIteration, "stop"):
+            consolidate(fails_at(call, StopIteration("stop")))
 
 
 @ERRORS

@@ -105,6 +105,8 @@ def misspelt(state):
         (put(torch.full((7,), torch.inf), "anchor", "0.bias"), ["anchor['0.bias'] must be finite"]),
         (put(torch.zeros(7).half(), "fisher", "0.bias"), ["fisher['0.bias']", "float16"]),
         (put(torch.zeros(7).cfloat(), "anchor", "0.bias"), ["anchor['0.bias']", "complex64"]),
+        (put(torch.zeros(7).to_sparse(), "fisher", "0.bias"), ["fisher['0.bias']", "dense", "coo"]),
+        (put(torch.zeros(7).to("meta"), "anchor", "0.bias"), ["anchor['0.bias']", "hold values"]),
         (put([0.0] * 7, "fisher", "0.bias"), ["fisher['0.bias'] must be a tensor; found list"]),
         (put("x", "constant", "0.bias"), ["constant['0.bias'] must be a finite float"]),
         (put(float("inf"), "constant", "0.bias"), ["constant['0.bias'] must be a finite float"]),

@@ -127,6 +127,28 @@ def test_row_21_batch_norm_and_dropout_in_train_mode(kind):
     assert_close(ewc.fisher, expected)
 
 
+def test_row_21a_a_loader_that_runs_the_model(kind):
+    model = Norms().eval()
+    task = [(x, model(x).argmax(1)) for x, _ in make_task(batches=3)]
+    expected = explicit_fisher(model, task)
+
+    def pseudo_labels():
+        for x, _ in task:
+            model.eval()
+            y = model(x).argmax(1)
+            model.train()
+            model(x)  # a step of something else
+            yield x, y
+
+    model.train()
+    ewc = kind(model, Classification())
+    with unchanged(None, model):
+        draws = torch.get_rng_state()
+        ewc.consolidate(pseudo_labels())
+        torch.set_rng_state(draws)  # those of the loader's dropout
+    assert_close(ewc.fisher, expected)
+
+
 def test_row_21_buffers_that_a_forward_writes(kind):
     class Counting(nn.Module):
         def __init__(self):

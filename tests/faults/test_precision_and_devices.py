@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ewc import Classification, OnlineEWC
+from tests._asserts import raises
 from tests._tasks import (
     CLASSES,
     as_task,
@@ -15,6 +16,7 @@ from tests._tasks import (
     make,
     make_model,
     make_task,
+    same_state,
     shift,
     written_out,
 )
@@ -128,6 +130,27 @@ def test_row_25_another_device(kind):
     ewc().backward()
     model.cpu()
     assert not ewc().is_cuda
+
+
+def test_row_25a_on_the_meta_device(kind):
+    model, ewc = make(kind)
+    fisher, anchor, state = ewc.fisher, ewc.anchor, ewc.state_dict()
+    parameters = {name: one.detach().clone() for name, one in model.named_parameters()}
+    expected = ewc().item()
+    model.to_empty(device="meta")
+    for refused in (
+        ewc,
+        lambda: ewc.consolidate(make_task()),
+        ewc.state_dict,
+        lambda: ewc.load_state_dict(state),
+    ):
+        with raises(ValueError, "'0.weight' is on the meta device", "aterialise"):
+            refused()
+        assert ewc.n_tasks == 1
+        assert same_state(ewc, fisher, anchor)
+    model.to_empty(device="cpu")
+    model.load_state_dict(parameters)
+    assert ewc().item() == expected
 
 
 @gpu
