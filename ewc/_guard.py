@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
+
+from ewc._sharding import local
 
 
 class Guard:
@@ -26,14 +28,13 @@ class Guard:
         parameters = list(self._model.parameters())
         # A forward pass may write to buffers; to parameters only where an embedding keeps the
         # norm of its rows.
-        writable = list(self._model.buffers()) + [
-            parameter
-            for module in modules
-            if getattr(module, "max_norm", None) is not None
-            for parameter in module.parameters(recurse=False)
-        ]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in writable]
-        self._versions = [tensor._version for tensor in writable]
+        self._kept = []
+        for module in modules:
+            writable = list(module.buffers(recurse=False))
+            if getattr(module, "max_norm", None) is not None:
+                writable += module.parameters(recurse=False)
+            if writable:
+                self._kept.append(_Kept(writable))
         self._flags = [(module, module.training) for module in modules]
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
         self._hooks = [
@@ -75,11 +76,8 @@ class Guard:
     def _take_back(self) -> None:
         try:
             self.restore()
-            # Batch norm writes its statistics without counting a version.
-            with torch.no_grad():
-                for tensor, value in self._values:
-                    if not torch.equal(tensor, value):
-                        tensor.copy_(value)
+            for kept in self._kept:
+                kept.restore_unseen()
         finally:
             for module, training in self._flags:
                 module.training = training
@@ -94,10 +92,48 @@ class Guard:
             if space.keys() != kept.keys() or any(space[key] is not kept[key] for key in kept):
                 space.clear()
                 space.update(kept)
-        with torch.no_grad():
-            for place, (tensor, value) in enumerate(self._values):
-                if tensor._version != self._versions[place]:
-                    tensor.copy_(value)
-                    self._versions[place] = tensor._version
+        for one in self._kept:
+            one.restore()
         for parameter, _ in self._gradients:
             parameter.grad = None
+
+
+class _Kept:
+    """Tensors of one module, and the values that they had.
+
+    Writing to a tensor counts its version up, so that nothing need be compared, nor read from an
+    accelerator. Batch norm writes its statistics without that; in train mode it also counts its
+    batches, which is seen.
+
+    Args:
+        tensors: They are taken as they are now.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = tensors
+        self._values = [tensor.detach().clone() for tensor in tensors]
+        self._versions = [tensor._version for tensor in tensors]
+
+    def restore(self) -> None:
+        """Take back what has been written, as far as versions tell."""
+        if any(map(_is_newer, self._tensors, self._versions)):
+            self.restore_unseen()
+
+    def restore_unseen(self) -> None:
+        """Take back whatever has been written."""
+        with torch.no_grad():
+            for place, (tensor, value) in enumerate(zip(self._tensors, self._values, strict=True)):
+                if _is_newer(tensor, self._versions[place]) or _differs(tensor, value):
+                    tensor.copy_(value)
+                    self._versions[place] = tensor._version
+
+
+def _is_newer(tensor: Tensor, version: int) -> bool:
+    return tensor._version != version
+
+
+def _differs(tensor: Tensor, value: Tensor) -> bool:
+    """Whether the values are others, for tensors of the kind that batch norm writes to."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        return False
+    return not torch.equal(local(tensor), local(value))

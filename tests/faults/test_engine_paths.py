@@ -238,7 +238,9 @@ class Written(nn.BatchNorm1d):
     """Normalises by the batch in eval mode too, and writes its statistics, unseen by versions."""
 
     def forward(self, x):
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=True)
+        pair = torch.stack([x, 2 * x], -1)
+        statistics = self.running_mean, self.running_var
+        return nn.functional.batch_norm(pair, *statistics, training=True)[..., 0]
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,26 @@ def test_row_21a_a_loader_that_runs_the_model(kind):
     assert_close(ewc.fisher, expected)
 
 
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.eye(3).to_sparse(),
+        torch.zeros(3, device="meta"),
+        torch.tensor(float("nan")),
+        torch.zeros(1).expand(3),
+    ],
+    ids=["sparse", "meta", "nan", "expanded"],
+)
+def test_row_21_buffers_of_any_kind(kind, buffer):
+    model = make_model()
+    expected = explicit_fisher(model, make_task())
+    model.register_buffer("extra", buffer)
+    ewc = kind(model, Classification())
+    ewc.consolidate(make_task())
+    assert model.extra is buffer
+    assert_close(ewc.fisher, expected)
+
+
 def test_row_21_buffers_that_a_forward_writes(kind):
     class Counting(nn.Module):
         def __init__(self):
