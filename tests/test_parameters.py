@@ -203,3 +203,9 @@ class TestLive:
         assert live.holds()
         model[0]._checkpoint_wrapped_module[0] = nn.Linear(2, 2)
         assert not live.holds()
+
+    def test_refuses_a_name_with_a_dot_of_its_own(self):
+        model = nn.Module()
+        model._modules["a.b"] = nn.Linear(2, 2)
+        with pytest.raises(ValueError, match=r"without a dot; found no way to 'a\.b\.weight'"):
+            Live(model, named_parameters(model))
