@@ -119,6 +119,11 @@ class Batch:
         ]
 
     @property
+    def rest(self) -> tuple[Any, ...]:
+        """What follows the inputs, of all samples, not copied."""
+        return split_inputs(_fill(self._structure, self._leaves))[1]
+
+    @property
     def vectorisable(self) -> bool:
         """Whether `vmap` can run over the samples: all that is split are tensors."""
         return all(isinstance(leaf, Tensor) for leaf in self._leaves)

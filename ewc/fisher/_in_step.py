@@ -105,7 +105,7 @@ class InStep(Pass):
                 slow = self._fast.left_out
             if slow:
                 self._singly += batch.size
-                for name in self._add_singly(batch, totals, set(slow), self._terms):
+                for name in self._add_singly(batch, totals, set(slow), self._outputs, self._terms):
                     self.reasons.setdefault(name, slow[name])
 
     @override

@@ -32,15 +32,34 @@ def refuse_batch_statistics(model: nn.Module) -> None:
             raise ValueError(_message(name, module, "it has no running statistics"))
 
 
-def refuse_mixing(
-    model: nn.Module, outputs: Callable[[Any], Any], batch: Batch, restore: Callable[[], None]
-) -> None:
+class Runs:
+    """What a model returned for some batches, and whether it read values on the way.
+
+    Args:
+        outputs: `outputs(raw) -> (outputs, rest)`: runs the model.
+    """
+
+    def __init__(self, outputs: Callable[[Any], tuple[Any, tuple[Any, ...]]]) -> None:
+        self.found: list[list[Tensor]] = []
+        self.read = False
+        self._outputs = outputs
+
+    def __call__(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Run the model once more."""
+        with _Readings() as readings:
+            outputs, rest = self._outputs(raw)
+        self.found.append(_tensors(outputs))
+        self.read = self.read or readings.seen
+        return outputs, rest
+
+
+def refuse_mixing(model: nn.Module, runs: Runs, batch: Batch, restore: Callable[[], None]) -> None:
     """Refuse a model that gives a sample one output in a batch of two, and another alone.
 
     Args:
         model: The model, in eval mode.
-        outputs: What the model gives for a raw batch.
-        batch: Two samples.
+        runs: The runs on both samples together, and on each of them alone.
+        batch: The two samples.
         restore: Called after each run, so that the next one starts from the same.
 
     Raises:
@@ -52,16 +71,15 @@ def refuse_mixing(
     def run(part: Batch) -> list[Tensor]:
         try:
             with full_precision():
-                return _tensors(outputs(part.raw))
+                runs(part.raw)
+            return runs.found[-1]
         finally:
             restore()
 
-    with _Readings() as readings:
-        # No generator, which would turn a StopIteration of the model into another error.
-        both, first, second = [run(part) for part in parts]
+    both, first, second = runs.found
     if _agree(both, first, second, tolerance):
         return
-    if readings.seen or not _equal(first, run(parts[1])):
+    if runs.read or not _equal(first, run(parts[1])):
         return  # a branch that depends on values, or random numbers: no layer that mixes
     records = []
     for part in parts:

@@ -14,7 +14,7 @@ from ewc._batches import Batch, InvalidBatch, apply
 from ewc._guard import Guard
 from ewc._randomness import Randomness
 from ewc.fisher._interception import Apart
-from ewc.fisher._mixing import refuse_mixing
+from ewc.fisher._mixing import Runs, refuse_mixing
 from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
 from ewc.fisher._singly import add_singly
 from ewc.fisher._terms import Opaque, probe, terms
@@ -115,39 +115,47 @@ class Pass:
         """Whether single samples took more than a few runs for each batch."""
         return self._singly > A_FEW * self._batches
 
-    def _terms(self, raw: Any, samples: int) -> Tensor:
-        outputs, rest = apply(self._model, raw, self._forward)
+    def _outputs(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
+        return apply(self._model, raw, self._forward)
+
+    def _terms(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
         return terms(self._likelihood, self._fisher_type, outputs, rest, samples)
 
-    def _probe(self, raw: Any, samples: int) -> Tensor:
-        return probe(apply(self._model, raw, self._forward)[0])
+    def _probe(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
+        return probe(outputs)
+
+    @property
+    def _samples_dim(self) -> int | None:
+        return self._likelihood.batch_dim if self._likelihood.takes_batches else None
 
     def _try_out(self, batch: Batch) -> None:
         """Hold the fast paths against the slow one, on one sample or two.
 
         What they cannot do, or would get wrong, goes one sample at a time for the whole pass.
         """
-        if batch.size == 2:
-            with self._randomness.stream():
-                refuse_mixing(
-                    self._model,
-                    lambda raw: apply(self._model, raw, self._forward)[0],
-                    batch,
-                    self._restore,
-                )
         expected = {name: torch.zeros_like(each) for name, each in self.sums.items()}
         found = {name: torch.zeros_like(each) for name, each in self.sums.items()}
         # Drawn targets would be others in each run.
-        compared = self._probe if self._fisher_type == "mc" else self._terms
+        drawn = self._fisher_type == "mc"
+        compared = self._probe if drawn else self._terms
+        runs = Runs(self._outputs)
+        if batch.size == 2:
+            with self._randomness.stream(), full_precision():
+                runs(batch.raw)
+            self._restore()
         try:
-            with self._adding_to(expected) as totals:
-                self._add_singly(batch, totals, set(expected), compared)
+            with self._adding_to(expected) as totals, full_precision():
+                self._add_singly(batch, totals, set(expected), runs, compared)
         except Opaque:
             self._refusal = _OPAQUE
             return
+        if batch.size == 2:
+            with self._randomness.stream():
+                refuse_mixing(self._model, runs, batch, self._restore)
         if not batch.vectorisable:
             return
-        fast = Vectorised(self._parameters, compared)
+        dim = None if drawn else self._samples_dim
+        fast = Vectorised(self._parameters, self._outputs, compared, dim)
 
         def run(target: Mapping[str, Tensor]) -> None:
             with self._adding_to(target) as totals:
@@ -166,7 +174,7 @@ class Pass:
             self._give_up(error, lambda: run(scratch))
             return
         fast.left_out |= dict.fromkeys(self._differing(found, expected), _DIFFERS)
-        fast.terms = self._terms
+        fast.terms, fast.samples_dim = self._terms, self._samples_dim
         self._fast = fast
 
     def _give_up(self, error: Exception, again: Callable[[], object]) -> None:
@@ -222,7 +230,9 @@ class Pass:
                     slow = fast.left_out
             if slow:
                 self._singly += chunk.size
-                for name in self._add_singly(chunk, self.sums, set(slow), self._terms):
+                for name in self._add_singly(
+                    chunk, self.sums, set(slow), self._outputs, self._terms
+                ):
                     self.reasons.setdefault(name, slow[name])
 
     def _record(self, fast: Vectorised, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded:
@@ -246,11 +256,16 @@ class Pass:
         batch: Batch,
         totals: Mapping[str, Tensor],
         names: set[str],
-        terms: Callable[[Any, int], Tensor],
+        outputs: Callable[[Any], tuple[Any, tuple[Any, ...]]],
+        terms: Callable[[Any, tuple[Any, ...], int], Tensor],
     ) -> set[str]:
         parameters = {name: each for name, each in self._parameters.items() if name in names}
+
+        def of_one(raw: Any) -> Tensor:
+            return terms(*outputs(raw), 1).squeeze(1)
+
         with self._randomness.stream() as keep, without_cudnn():
-            used = add_singly(batch, parameters, totals, terms, self._restore, early=self._early)
+            used = add_singly(batch, parameters, totals, of_one, self._restore, early=self._early)
             keep()
             return used
 
@@ -264,7 +279,8 @@ class Pass:
 
     def _finite(self) -> Tensor:
         """For each parameter, whether this process has found no square that is not finite."""
-        return torch.stack([each.sum().isfinite().to(self._device) for each in self.sums.values()])
+        sums = [each.sum().to(self._device) for each in self.sums.values()]
+        return torch.stack(sums).isfinite()
 
     def _differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
         """The names whose sums differ by more than rounding explains."""
@@ -280,10 +296,10 @@ class Pass:
         late = 1 if number is not None and self._device.type != "cpu" else 0
         while len(self._unchecked) > late:
             place, finite = self._unchecked.pop(0)
-            if not finite.all():
-                names = [
-                    name for name, good in zip(self.sums, finite.tolist(), strict=True) if not good
-                ]
+            names = [
+                name for name, good in zip(self.sums, finite.tolist(), strict=True) if not good
+            ]
+            if names:
                 raise ValueError(
                     "expected finite squared gradients; found NaN or infinity, or a square that "
                     f"overflows, in batch {place} (counted from 0), in "

@@ -16,7 +16,7 @@ def add_singly(
     batch: Batch,
     parameters: Mapping[str, nn.Parameter],
     totals: Mapping[str, Tensor],
-    terms: Callable[[Any, int], Tensor],
+    terms: Callable[[Any], Tensor],
     restore: Callable[[], None],
     *,
     early: bool = False,
@@ -27,7 +27,7 @@ def add_singly(
         batch: The samples.
         parameters: The parameters to differentiate by, by name.
         totals: For each, where its squares are added.
-        terms: `terms(raw, samples) -> [K, samples]`, differentiable.
+        terms: `terms(raw) -> [K]`, those of one sample, differentiable.
         restore: Called after each sample, so that the next one starts from the same.
         early: Take each gradient when it arrives, and hold none of them. This leaves hooks on the
             parameters, which must be the library's own.
@@ -49,7 +49,7 @@ def add_singly(
 
     hooks = [p.register_hook(partial(receive, name)) for name, p in parameters.items() if early]
     for n in range(batch.size):
-        of_one = terms(batch.take(n, n + 1).raw, 1).squeeze(1)
+        of_one = terms(batch.take(n, n + 1).raw)
         if n == 0:
             _refuse_reentrant(of_one)
         last = len(of_one) - 1

@@ -59,10 +59,14 @@ class Vectorised:
 
     Args:
         parameters: The protected parameters by name.
-        terms: `terms(raw, samples) -> [K, samples]`, differentiable.
+        outputs: `outputs(raw) -> (outputs, rest)`: runs the model.
+        terms: `terms(outputs, rest, samples) -> [K, samples]`, differentiable.
+        samples_dim: The dimension of the outputs along which `terms` takes those of a whole batch;
+            None if it must see one sample at a time, inside `vmap`.
 
     Attributes:
         terms: The same.
+        samples_dim: The same.
         by_rule: The names of the parameters that went by rule.
         by_copy: The names of those that went by a copy per sample.
         left_out: The names of those that are left to another path, and why.
@@ -70,14 +74,20 @@ class Vectorised:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], terms: Callable[[Any, int], Tensor]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        outputs: Callable[[Any], tuple[Any, tuple[Any, ...]]],
+        terms: Callable[[Any, tuple[Any, ...], int], Tensor],
+        samples_dim: int | None,
     ) -> None:
         self.by_rule: set[str] = set()
         self.by_copy = {name for name, each in parameters.items() if each.is_complex()}
         self.left_out: dict[str, str] = {}
         self.reads = False
-        self._parameters = dict(parameters)
         self.terms = terms
+        self.samples_dim = samples_dim
+        self._parameters = dict(parameters)
+        self._outputs = outputs
 
     @property
     def limit(self) -> int:
@@ -96,20 +106,30 @@ class Vectorised:
         seen = {name: p for name, p in self._parameters.items() if name not in self.left_out}
         interception = Interception(seen, totals, self.by_copy, batch.size)
 
+        dim = self.samples_dim
+
         def one(*tensors: Tensor) -> Tensor:
             interception.level = _vmap.level()
             try:
                 with interception:
-                    return self.terms(batch.of_one(list(tensors)), 1).squeeze(1)
+                    outputs, rest = self._outputs(batch.of_one(list(tensors)))
+                    found: Tensor = outputs if dim is not None else self.terms(outputs, rest, 1)
+                    return found
             finally:
                 self.reads = self.reads or interception.reads
 
         with warnings.catch_warnings():
             # An operation that vmap does in a loop is no news to the user: the result is the same.
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            terms: Tensor = torch.func.vmap(
-                one, in_dims=tuple(batch.dims), out_dims=1, randomness="different"
-            )(*batch.tensors)
+            found: Tensor = torch.func.vmap(one, in_dims=tuple(batch.dims), randomness="different")(
+                *batch.tensors
+            )
+        # Every sample was a batch of one: `[N, ..., 1, ...]`.
+        if dim is None:
+            terms = found.squeeze(2).t()
+        else:
+            outputs = found.movedim(0, dim).flatten(dim, dim + 1)
+            terms = self.terms(outputs, batch.rest, batch.size)
         copied = interception.without_rule | interception.entangled
         leaves = tuple(leaves_of(terms))
         begin = {id(leaf) for leaf in leaves}

@@ -61,6 +61,11 @@ class Classification(Pointwise):
         )
 
     @override
+    @property
+    def takes_batches(self) -> bool:
+        return type(self) is Classification and self.target_transform is None
+
+    @override
     def _head(self, outputs: Any) -> Tensor:
         logits = real_tensor(outputs, type(self).__name__)
         if logits.dim() < 2:

@@ -29,6 +29,14 @@ class Likelihood(ABC):
 
     batch_dim: int = 0
 
+    @property
+    def takes_batches(self) -> bool:
+        """Whether it is known to treat the samples of any batch apart.
+
+        Then it need not see them one by one inside `vmap`, where every operation costs more.
+        """
+        return False
+
     @abstractmethod
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
         """The negative log-likelihood of each sample, in nats, never reduced over samples.

@@ -56,6 +56,11 @@ class Regression(Pointwise):
         )
 
     @override
+    @property
+    def takes_batches(self) -> bool:
+        return type(self) is Regression and self.target_transform is None
+
+    @override
     def _head(self, outputs: Any) -> Tensor:
         values = real_tensor(outputs, type(self).__name__)
         if values.dim() < (1 if self.allowed_outputs is None else 2):

@@ -55,6 +55,11 @@ class TimeSeries(Likelihood):
         return f"{type(self).__name__}({self.step}, batch_first={self.batch_first})"
 
     @override
+    @property
+    def takes_batches(self) -> bool:
+        return type(self) is TimeSeries and self.step.takes_batches
+
+    @override
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
         losses = self.step.weighted_nll(*self._steps(outputs, rest, required=True))
         return self._over_time(losses, outputs)
