@@ -9,7 +9,7 @@ Index legend: `n` sample, `b` further batch dimension within a sample, `g` group
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from ewc.fisher.gradients import Gradient, Outer, Total, work_elements
+from ewc.fisher.gradients import LOOP_PRODUCTS, Gradient, Outer, Total, work_elements
 from ewc.fisher.rules._registry import Operation, rule
+
+NARROW = 16
+"""How many places of the kernel and channels make a row worth a product of its own."""
 
 
 class Patches(Gradient):
     """`grad[n, g, o, (c, k)] = sum_bp out[n, b, g, o, p] * patch[n, b, g, (c, k), p]`.
+
+    Patches overlap. Written out in full, they take as many times the memory of the input as the
+    kernel has places. Where it pays, they are written out along all dimensions but the first: in
+    that, what the next row of the kernel reads is the same memory, begun some rows further on.
+
+    Index legend: `r` row of the kernel (its first dimension) where rows overlap in memory, else
+    a single one; `k` place in such a row.
 
     Args:
         read: `[N, B, C, *space]`: what the patches are cut from.
@@ -48,7 +58,12 @@ class Patches(Gradient):
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.samples = read.shape[0]
         self._places = tuple(out.shape[3:])
-        self._per_row = out.shape[1] * math.prod(self._places[1:]) * math.prod(shape[1:]) * groups
+        self._overlaps = stride[0] == 1 and math.prod(self.shape[1:]) >= NARROW * self.shape[2]
+        self._kernel_rows = self.shape[2] if self._overlaps else 1
+        self._written = self.shape[3:] if self._overlaps else self.shape[2:]
+        # Elements that are written out for one sample and one row of positions.
+        across = math.prod(self._written) * math.prod(self._places[1:])
+        self._per_row = max(1, math.prod(read.shape[1:3]) * across)
 
     @override
     def work(self, total: Tensor) -> int:
@@ -56,9 +71,9 @@ class Patches(Gradient):
 
     @override
     def per_sample(self, start: int, stop: int) -> Tensor:
-        # An image too large to write out all its patches is done some rows at a time.
+        # An image too large to write out is done some rows of positions at a time.
         rows = self._rows(self.out)
-        read, out = _pad(self.read[start:stop], self.margins), self.out[start:stop]
+        read, out = self.read[start:stop], self.out[start:stop]
         product = self._product(read, out, 0, rows)
         for top in range(rows, self._places[0], rows):
             product += self._product(read, out, top, top + rows)
@@ -66,86 +81,71 @@ class Patches(Gradient):
 
     @override
     def add_squares(self, total: Tensor) -> None:
-        fits = self._rows(total) >= self._places[0]
-        if self.groups > 1 or not fits:
+        places = math.prod(self._places)
+        if self.groups > 1 or self.out.shape[1] > 1 or self._rows(total) < self._places[0]:
             super().add_squares(total)
-        elif self.shape[1] * self.shape[-1] < self._places[-1]:
-            self._add_squares_channels_first(total)
-        else:
-            self._add_squares_channels_last(total)
-
-    def _add_squares_channels_first(self, total: Tensor) -> None:
-        """Patches `[n, (c, k), (b, p)]`, copied in runs along the last dimension of positions."""
-        squares = total.new_zeros(math.prod(self.shape[1:]), self.shape[0])
-        scratch: Tensor | None = None
-        for read, out in self._chunks(total, channels_last=False):
-            patches = self._patches(read, 0, self._places[0])
-            scratch = patches.new_empty(patches.shape) if scratch is None else scratch
-            left = scratch[: len(read)].copy_(patches).view(len(read), len(squares), -1)
-            Outer(left.mT, out).add_squares(squares)
-        total.add_(squares.t().view(self.shape))
-
-    def _add_squares_channels_last(self, total: Tensor) -> None:
-        """Patches `[n, (b, p), (k, c)]`, copied in runs along the kernel and the channels."""
-        squares = total.new_zeros(self.shape[0], math.prod(self.shape[1:]))
-        scratch: Tensor | None = None
-        for read, out in self._chunks(total, channels_last=True):
-            lead, space, channel = read.stride()[:2], read.stride()[2:-1], read.stride()[-1]
-            patches = read.as_strided(
-                (*read.shape[:2], *self._places, *self.shape[2:], self.shape[1]),
-                (*lead, *_times(space, self.stride), *_times(space, self.dilation), channel),
-                read.storage_offset(),
-            )
-            scratch = patches.new_empty(patches.shape) if scratch is None else scratch
-            right = scratch[: len(read)].copy_(patches).view(len(read), -1, squares.shape[1])
-            Outer(out, right).add_squares(squares)
-        total.add_(squares.view(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1))
-
-    def _chunks(self, total: Tensor, *, channels_last: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some samples at a time: padded images, `[n, b, (c,) *space, (c)]`, and `[n, (b, p), o]`.
-
-        So many are padded at once that they fit the work space, and so many handed over that
-        their patches stay in the cache.
-        """
-        image = max(1, self.read[0].numel())
-        patches = max(1, self._per_row * self._places[0])
-        block = max(1, 8 * work_elements(total) // image)
-        step = max(1, 2 * work_elements(total) // patches)
-        for first in range(0, self.samples, block):
-            read, out = self.read[first : first + block], self.out[first : first + block]
-            if channels_last:
-                read = _pad(read.movedim(2, -1), [0, 0, *self.margins]).contiguous()
+            return
+        step = max(1, 2 * work_elements(total) // (self._per_row * self._places[0]))
+        squares = total.new_zeros(
+            self._kernel_rows, total[0].numel() // self._kernel_rows, self.shape[0]
+        )
+        product = torch.empty_like(squares)
+        alone = total.is_cpu and places * total.numel() > LOOP_PRODUCTS
+        alone = alone and total.numel() <= 2 * work_elements(total)
+        for read, out in zip(self.read.split(step), self.out.split(step), strict=True):
+            patches = self._patches(read.to(total.dtype), 0, self._places[0])[:, 0, 0]
+            right = out[:, 0].to(total.dtype).flatten(2).mT
+            if alone:
+                for one, other in zip(patches, right, strict=True):
+                    torch.bmm(one, other.expand(self._kernel_rows, -1, -1), out=product)
+                    squares.addcmul_(product, product)
             else:
-                read = _pad(read, self.margins)
-            out = out.flatten(3).transpose(2, 3).flatten(1, 2)
-            yield from zip(read.split(step), out.split(step), strict=True)
+                for row, part in zip(patches.unbind(1), squares, strict=True):
+                    Outer(row.mT, right).add_squares(part)
+        total.add_(self._as_weight(squares.mT.unsqueeze(0))[0])
 
     def _rows(self, tensor: Tensor) -> int:
         """How many rows of positions may be written out at a time for one sample."""
-        return max(1, 8 * work_elements(tensor) // max(1, self._per_row))
+        return max(1, 8 * work_elements(tensor) // self._per_row)
+
+    def _as_weight(self, product: Tensor) -> Tensor:
+        """`[n, r, (g, o), (c, k)] -> [n, *shape]`."""
+        weight = product.transpose(1, 2).unflatten(3, (self.shape[1], *self._written))
+        return weight.movedim(2, 3).reshape(len(product), *self.shape)
 
     def _patches(self, read: Tensor, top: int, bottom: int) -> Tensor:
-        """A view `[n, c, *k, b, *places]` of the rows `top` to `bottom - 1` of the positions."""
-        read = read[:, :, :, top * self.stride[0] :]
-        n, b, channels = read.shape[:3]
+        """Patches `[n, b, g, r, (c, k), p]` of the rows `top` to `bottom - 1` of the positions."""
+        stride, dilation = self.stride[0], self.dilation[0]
+        rows, reach = bottom - top, dilation * (self.shape[2] - 1)
+        first = top * stride - self.margins[-2]
+        last = first + (rows - 1) * stride + reach + 1
+        margins = [*self.margins[:-2], max(0, -first), max(0, last - read.shape[3])]
+        read = _pad(read[:, :, :, max(0, first) : max(0, last)], margins)
         lead, space = read.stride()[:3], read.stride()[3:]
-        rows = min(bottom, self._places[0]) - top
-        return read.as_strided(
-            (n, channels, *self.shape[2:], b, rows, *self._places[1:]),
-            (
-                *(lead[0], lead[2], *_times(space, self.dilation)),
-                *(lead[1], *_times(space, self.stride)),
-            ),
+        rows_written = rows + reach if self._overlaps else rows
+        steps = _times(space, self.dilation)[-len(self._written) :] if self._written else ()
+        written = read.as_strided(
+            (*read.shape[:3], *self._written, rows_written, *self._places[1:]),
+            (*lead, *steps, *_times(space, self.stride)),
             read.storage_offset(),
+        ).contiguous()
+        across = math.prod(self._places[1:])
+        written = written.view(*read.shape[:2], self.groups, -1, rows_written * across)
+        *lead, place, _ = written.stride()
+        return written.as_strided(
+            (*written.shape[:3], self._kernel_rows, written.shape[3], rows * across),
+            (*lead, dilation * across, place, 1),
+            written.storage_offset(),
         )
 
     def _product(self, read: Tensor, out: Tensor, top: int, bottom: int) -> Tensor:
         """The gradients that some rows of the positions give, `[n, *shape]`."""
-        n, group = len(read), self.shape[0] // self.groups
-        patches = self._patches(read, top, bottom)
-        patches = patches.reshape(n, self.groups, math.prod(self.shape[1:]), -1)
-        out = out[:, :, :, top:bottom].transpose(1, 2)
-        return (out.reshape(n, self.groups, group, -1) @ patches.mT).reshape(n, *self.shape)
+        bottom = min(bottom, self._places[0])
+        out = out[:, :, :, top:bottom].flatten(3)
+        out = torch.unflatten(out, 2, (self.groups, -1))
+        rows = self._patches(read, top, bottom).unbind(3)
+        product = torch.stack([(out @ row.mT).sum(1) for row in rows], 1)  # [n, r, g, o, (c, k)]
+        return self._as_weight(product.flatten(2, 3))
 
 
 def _times(strides: Sequence[int], steps: Sequence[int]) -> tuple[int, ...]:
