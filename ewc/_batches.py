@@ -119,6 +119,11 @@ class Batch:
         ]
 
     @property
+    def nbytes(self) -> int:
+        """The memory that the tensors take, if no two entries of one are the same memory."""
+        return sum(leaf.nbytes for leaf in self._leaves if isinstance(leaf, Tensor))
+
+    @property
     def rest(self) -> tuple[Any, ...]:
         """What follows the inputs, of all samples, not copied."""
         return split_inputs(_fill(self._structure, self._leaves))[1]

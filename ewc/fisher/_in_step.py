@@ -85,7 +85,7 @@ class InStep(Pass):
         for batch in batches:
             fast = self._fast
             together = fast is not None and not fast.left_out and not fast.reads
-            size = fast.limit if fast is not None and together and batch.vectorisable else 1
+            size = fast.limit(batch) if fast is not None and together and batch.vectorisable else 1
             for start in range(0, batch.size, size):
                 yield batch.take(start, min(start + size, batch.size))
 

@@ -144,7 +144,7 @@ class Interception(TorchFunctionMode):
     Attributes:
         level: The nesting level of that `vmap`, to be set before the mode is entered.
         copies: By name, the copies of those parameters, `[N, *shape]`.
-        roots: Outputs of operations that nothing before them asks a gradient of.
+        last: Whether no other reverse pass will follow the present one.
         without_rule: The names of parameters that met an operation without a rule.
         reads: Whether the model has read values out of a tensor, to branch on them.
     """
@@ -160,7 +160,8 @@ class Interception(TorchFunctionMode):
         self.count = count
         self.level = 0
         self.copies: dict[str, Tensor] = {}
-        self.roots: list[Tensor] = []
+        self.last = False
+        self._kept: dict[int, int] = {}
         self.without_rule: set[str] = set()
         self.reads = False
         self._views: dict[int, View] = {}
@@ -193,6 +194,11 @@ class Interception(TorchFunctionMode):
             if any(stop > start for (_, stop), (start, _) in pairwise(sorted(found)))
         }
 
+    @property
+    def kept(self) -> int:
+        """How many bytes there are in what went into operations with a rule, and what came out."""
+        return sum(self._kept.values())
+
     def flush(self) -> None:
         """Square what was used more than once, when a reverse pass is over."""
         for view in self._places.values():
@@ -205,7 +211,10 @@ class Interception(TorchFunctionMode):
         if id(tensor) in self._views:
             raise NotCovered
         inner = _vmap.physical(tensor, self.level)
-        return tensor.expand(self.count, *tensor.shape) if inner is None else inner
+        if inner is None:
+            return tensor.expand(self.count, *tensor.shape)
+        self._weigh(inner)
+        return inner
 
     def value(self, parameter: Tensor) -> Tensor:
         """See `Operation.value`."""
@@ -225,15 +234,17 @@ class Interception(TorchFunctionMode):
                 watched.append((view, gradient))
         if not watched:
             return output
+        self._weigh(output)
 
         def receive(g: Tensor) -> None:
             for view, gradient in watched:
                 view.receive(gradient(g.detach()))
+            if self.last:
+                watched.clear()  # and with it what the rules have kept
 
         if not output.requires_grad:
             root = output.detach().requires_grad_()
             root.register_hook(receive)
-            self.roots.append(root)
             return _same(root)
         if output._is_view():
             output = _same(output)
@@ -349,6 +360,10 @@ class Interception(TorchFunctionMode):
             else:
                 self._add_view(View(view.name, part, partial(take, place)))
         return parts
+
+    def _weigh(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._kept[storage.data_ptr()] = storage.nbytes()
 
     def _add_view(self, view: View) -> None:
         self._held.append(view.tensor)

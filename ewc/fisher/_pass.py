@@ -203,7 +203,7 @@ class Pass:
         """Add the squares of all samples of the batch."""
         done = 0
         while done < batch.size:
-            size = batch.size if self._fast is None else self._fast.limit
+            size = batch.size if self._fast is None else self._fast.limit(batch)
             chunk = batch.take(done, min(done + size, batch.size))
             done += chunk.size
             slow = dict.fromkeys(self.sums, self._refusal)

@@ -1,5 +1,6 @@
 """All samples of a batch in one forward and one reverse pass, by rules and copies per sample."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ from ewc.fisher.gradients import Dense
 
 COPIES_BYTES = 2**26
 """How much memory the written-out gradients of copied parameters may take at a time."""
+
+KEPT_BYTES = {"cpu": 2**26}
+"""How much memory the activations of a forward pass may take, by kind of device."""
+
+KEPT_BYTES_ELSEWHERE = 2**31
+"""The same on other kinds, which need more samples at a time to be busy."""
 
 UNSEEN = "it is used out of sight, in an autograd.Function or a scripted module"
 """Why a parameter that the graph leads to, past all interception, is left out."""
@@ -45,6 +52,7 @@ class Recorded:
         names = {id(copy): name for name, copy in self.interception.copies.items()}
         last = len(self.terms) - 1
         for k, term in enumerate(self.terms):
+            self.interception.last = k == last
             found = torch.autograd.grad(
                 term, self.leaves, torch.ones_like(term), retain_graph=k < last, allow_unused=True
             )
@@ -86,15 +94,22 @@ class Vectorised:
         self.reads = False
         self.terms = terms
         self.samples_dim = samples_dim
+        self._expansion = 1.0
         self._parameters = dict(parameters)
         self._outputs = outputs
 
-    @property
-    def limit(self) -> int:
-        """How many samples may go at once, so that copies stay within the memory allowed."""
+    def limit(self, batch: Batch) -> int:
+        """How many samples of a batch go at once, so that memory stays within what is allowed.
+
+        Activations are taken to be in proportion to what goes in, as they were the last time.
+        """
         copied = (self._parameters[name] for name in self.by_copy - self.left_out.keys())
         size = sum(each.numel() * each.element_size() for each in copied)
-        return max(1, COPIES_BYTES // max(1, size))
+        kept = self._expansion * batch.nbytes / batch.size
+        device = next(iter(self._parameters.values())).device.type
+        allowed = KEPT_BYTES.get(device, KEPT_BYTES_ELSEWHERE)
+        limit = min(COPIES_BYTES // max(1, size), int(allowed / max(1.0, kept)))
+        return math.ceil(batch.size / math.ceil(batch.size / max(1, limit)))  # in equal parts
 
     def forward(self, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded | None:
         """Run the model on all samples.
@@ -141,4 +156,5 @@ class Vectorised:
         if copied or unseen:
             return None
         self.by_rule |= interception.by_rule
+        self._expansion = interception.kept / max(1, batch.nbytes)
         return Recorded(interception, terms.unbind(0), leaves, totals)
