@@ -16,33 +16,27 @@ from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
 
 def _affine(
     op: Operation,
-    normalise: Callable[[], Tensor],
+    normalise: Callable[[Tensor | None, Tensor | None], Tensor],
     weight: Tensor | None,
     bias: Tensor | None,
     channels: slice,
 ) -> Tensor:
     """Normalise, then scale and shift along the dimensions `channels`, samples in front.
 
-    `normalise` is called again on the way back: what it needs is kept anyway, its result is not.
+    `normalise(scale, shift)` is called again on the way back, without them: what it needs is kept
+    anyway, its result is not.
     """
-    normal = normalise()
-    dims = range(normal.dim())[channels]
-    shape = [size if dim in dims else 1 for dim, size in enumerate(normal.shape)]
-    shared = [dim for dim in range(1, normal.dim()) if dim not in dims]
-    scale = None if weight is None else op.value(weight).view(shape)
-    shift = None if bias is None else op.value(bias).view(shape)
-    if scale is not None and shift is not None:
-        out = torch.addcmul(shift, normal, scale)
-    elif scale is not None:
-        out = normal * scale
-    else:
-        out = normal if shift is None else normal + shift
+    out = normalise(
+        None if weight is None else op.value(weight), None if bias is None else op.value(bias)
+    )
+    dims = range(out.dim())[channels]
+    shared = [dim for dim in range(1, out.dim()) if dim not in dims]
 
     def total(summands: Tensor) -> Total:
         summed = summands.sum(shared) if shared else summands
         return Total(summed.unsqueeze(1))
 
-    return op.watch(out, {weight: lambda g: total(g * normalise()), bias: total})
+    return op.watch(out, {weight: lambda g: total(g * normalise(None, None)), bias: total})
 
 
 @rule(F.layer_norm)
@@ -56,7 +50,11 @@ def layer_norm(
 ) -> Tensor:
     """The channels are the last dimensions, all of `normalized_shape`."""
     x, channels = op.samples(input), slice(-len(normalized_shape), None)
-    return _affine(op, lambda: F.layer_norm(x, normalized_shape, eps=eps), weight, bias, channels)
+
+    def normalise(scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        return F.layer_norm(x, normalized_shape, scale, shift, eps)
+
+    return _affine(op, normalise, weight, bias, channels)
 
 
 @rule(F.rms_norm)
@@ -69,7 +67,11 @@ def rms_norm(
 ) -> Tensor:
     """As `layer_norm`, without centring and shift."""
     x, channels = op.samples(input), slice(-len(normalized_shape), None)
-    return _affine(op, lambda: F.rms_norm(x, normalized_shape, eps=eps), weight, None, channels)
+
+    def normalise(scale: Tensor | None, _: Tensor | None) -> Tensor:
+        return F.rms_norm(x, normalized_shape, scale, eps)
+
+    return _affine(op, normalise, weight, None, channels)
 
 
 @rule(F.group_norm)
@@ -84,8 +86,8 @@ def group_norm(
     """The channels are dimension 1 of the input, behind its own batch dimension."""
     x = op.samples(input)
 
-    def normalise() -> Tensor:
-        return F.group_norm(x.flatten(0, 1), num_groups, eps=eps).view(x.shape)
+    def normalise(scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        return F.group_norm(x.flatten(0, 1), num_groups, scale, shift, eps).view(x.shape)
 
     return _affine(op, normalise, weight, bias, slice(2, 3))
 
@@ -107,9 +109,9 @@ def instance_norm(
         raise NotCovered
     x = op.samples(input)
 
-    def normalise() -> Tensor:
+    def normalise(scale: Tensor | None, shift: Tensor | None) -> Tensor:
         normal = F.instance_norm(
-            x.flatten(0, 1), running_mean, running_var, use_input_stats=use_input_stats, eps=eps
+            x.flatten(0, 1), running_mean, running_var, scale, shift, use_input_stats, eps=eps
         )
         return normal.view(x.shape)
 
@@ -133,8 +135,9 @@ def batch_norm(
         raise NotCovered
     x = op.samples(input)
 
-    def normalise() -> Tensor:
-        return F.batch_norm(x.flatten(0, 1), running_mean, running_var, eps=eps).view(x.shape)
+    def normalise(scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        flat = x.flatten(0, 1)
+        return F.batch_norm(flat, running_mean, running_var, scale, shift, eps=eps).view(x.shape)
 
     return _affine(op, normalise, weight, bias, slice(2, 3))
 
