@@ -174,6 +174,7 @@ def main(
     rounds: int = 9,
     options: Callable[[argparse.ArgumentParser], object] | None = None,
     argv: Sequence[str] | None = None,
+    page: Path = PAGE,
 ) -> None:
     """The command line of a benchmark.
 
@@ -184,12 +185,13 @@ def main(
         rounds: The default of `--rounds`.
         options: Adds options of its own.
         argv: The arguments; None for those of the process.
+        page: Where `--write` writes.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=None, help=f"default: {rounds}, or 3")
     parser.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
     parser.add_argument("--quick", action="store_true", help="smaller sizes and 3 rounds")
-    parser.add_argument("--write", action="store_true", help="also write into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help=f"also write into {page.name}")
     if options is not None:
         options(parser)
     arguments = parser.parse_args(argv)
@@ -205,4 +207,4 @@ def main(
     text = f"`{' '.join(['python', f'docs/benchmarks/{script}.py', *given])}`\n\n{text}"
     print(text)
     if arguments.write:
-        write(script, text)
+        write(script, text, page)

@@ -64,7 +64,7 @@ def fails(rank: int, world: int, where: str, sharded: bool, kind: str) -> str:
         def hook(module: nn.Module, args: Any) -> None:
             nonlocal count
             count += 1
-            if guilty and count > 6:
+            if guilty and count > 4:
                 raise FaultError("from the model")
 
         inner.register_forward_pre_hook(hook)

@@ -111,7 +111,8 @@ class Patches(Gradient):
     def _as_weight(self, product: Tensor) -> Tensor:
         """`[n, r, (g, o), (c, k)] -> [n, *shape]`."""
         weight = product.transpose(1, 2).unflatten(3, (self.shape[1], *self._written))
-        return weight.movedim(2, 3).reshape(len(product), *self.shape)
+        whole: Tensor = weight.movedim(2, 3).reshape(len(product), *self.shape)
+        return whole
 
     def _patches(self, read: Tensor, top: int, bottom: int) -> Tensor:
         """Patches `[n, b, g, r, (c, k), p]` of the rows `top` to `bottom - 1` of the positions."""
@@ -131,10 +132,10 @@ class Patches(Gradient):
         ).contiguous()
         across = math.prod(self._places[1:])
         written = written.view(*read.shape[:2], self.groups, -1, rows_written * across)
-        *lead, place, _ = written.stride()
+        *outer, place, _ = written.stride()
         return written.as_strided(
             (*written.shape[:3], self._kernel_rows, written.shape[3], rows * across),
-            (*lead, dilation * across, place, 1),
+            (*outer, dilation * across, place, 1),
             written.storage_offset(),
         )
 
