@@ -34,6 +34,10 @@ def context_mod_forward(mod_weights: ModWeights) -> Forward:
 
     Raises:
         TypeError: `mod_weights` is neither callable nor a list or tuple of tensors.
+
+    Example:
+        >>> forward = context_mod_forward([torch.ones(5)])
+        >>> ewc = EWC(model, Classification(), forward=forward)
     """
     if not callable(mod_weights):
         if not isinstance(mod_weights, (list, tuple)):

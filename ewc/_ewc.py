@@ -88,8 +88,12 @@ class EWC:
         >>> for loader in tasks:
         ...     for x, y in loader:
         ...         loss = F.cross_entropy(model(x), y) + ewc()
-        ...         ...
-        ...     ewc.consolidate(loader)
+        ...         optimizer.zero_grad()
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...     summary = ewc.consolidate(loader)
+        >>> ewc.n_tasks
+        2
     """
 
     _kind = "EWC"  # what the state calls itself, whatever a subclass is called

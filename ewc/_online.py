@@ -53,6 +53,13 @@ class OnlineEWC(EWC):
 
     Warns:
         NothingProtectedWarning: `decay` is 0 and there is no prior: the penalty would always be 0.
+
+    Example:
+        >>> ewc = OnlineEWC(model, Classification(), strength=300.0, decay=0.9)
+        >>> for loader in tasks:
+        ...     summary = ewc.consolidate(loader)
+        >>> torch.equal(ewc.anchor["weight"], model.weight)
+        True
     """
 
     _kind = "OnlineEWC"

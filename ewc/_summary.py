@@ -61,5 +61,12 @@ class Summary:
 
     @property
     def bound(self) -> float:
-        """What `lr * strength` must stay below in plain gradient descent."""
+        """What `lr * strength` must stay below in plain gradient descent.
+
+        Example:
+            >>> ewc = EWC(model, Classification())
+            >>> summary = ewc.consolidate(tasks[0])
+            >>> summary.bound == 2 / summary.largest
+            True
+        """
         return 2.0 / self.largest if self.largest > 0 else float("inf")

@@ -2,13 +2,23 @@
 
 Every ```python block of the README and of docs/ runs, in order, one namespace for each file. Code
 that a page needs but does not show stands in an HTML comment that begins with `setup`. Blocks of
-another project's code are fenced as ```py, and are not run.
+another project's code are fenced as ```py, and are not run. The `>>>` examples of public docstrings
+run too.
 """
 
+import doctest
 import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ewc
+import ewc.fisher
+from ewc._summary import Summary
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,7 +52,19 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", ["README", "quickstart", "likelihoods", "from-hypnettorch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README",
+        "adding-a-rule",
+        "from-avalanche",
+        "from-hypnettorch",
+        "from-other-code",
+        "how-it-works",
+        "likelihoods",
+        "quickstart",
+    ],
+)
 def test_pages_that_show_code_have_blocks_that_run(name: str) -> None:
     page = next(page for page in PAGES if page.stem == name)
     assert blocks(page.read_text(encoding="utf-8"))
@@ -67,3 +89,67 @@ def test_the_checks_run_the_commands_of_the_readme() -> None:
     assert second in readme
     assert second in checks
     assert 'pip install -e ".[examples]" && python docs/examples/permuted_digits.py' in readme
+
+
+def public() -> list[object]:
+    """Whatever `ewc` and `ewc.fisher` export, and what a consolidation returns."""
+    modules = (ewc, ewc.fisher)
+    return [Summary, *(getattr(module, name) for module in modules for name in module.__all__)]
+
+
+@pytest.mark.parametrize("each", public(), ids=lambda each: getattr(each, "__name__", "-"))
+def test_examples_in_docstrings_run(each: object) -> None:
+    if isinstance(each, str):  # `__version__`
+        return
+    torch.manual_seed(0)
+    model = nn.Linear(4, 5)
+    data = TensorDataset(torch.randn(20, 4), torch.randint(5, (20,)))
+    names = {name: getattr(ewc, name) for name in ewc.__all__} | {
+        "F": F,
+        "model": model,
+        "nn": nn,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "tasks": [DataLoader(data, batch_size=5)] * 2,
+        "torch": torch,
+    }
+    for test in doctest.DocTestFinder(recurse=True).find(each, globs=names):
+        report: list[str] = []
+        doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+        assert not report, "".join(report)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["EWC", "OnlineEWC", "Likelihood", "Classification", "Regression", "TimeSeries", "Custom"],
+)
+def test_what_users_begin_with_has_an_example(name: str) -> None:
+    assert ">>>" in (getattr(ewc, name).__doc__ or "")
+
+
+def test_the_reference_has_all_public_names() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = [f"ewc.{name}" for name in ewc.__all__ if name != "__version__"]
+    names += [f"ewc.fisher.{name}" for name in ewc.fisher.__all__]
+    shown = set(re.findall(r"^\.\. auto\w+:: (\S+)$", page, re.MULTILINE))
+    assert [name for name in names if name not in shown] == []
+
+
+def test_the_map_of_the_house_has_every_module() -> None:
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    rooms = []
+    for row in re.findall(r"^\| (`ewc/.*?`) \|", page, re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", row):  # the first with its folder, the rest without
+            folder = name.rpartition("/")[0] if "/" in name else folder
+            rooms.append(f"{folder}/{name.rpartition('/')[2]}")
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ewc").rglob("*.py")}
+    folders = {name for name in modules if name.endswith("/__init__.py")} - {"ewc/__init__.py"}
+    assert sorted(rooms) == sorted(modules - folders)
+
+
+def test_every_page_is_in_the_contents() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.MULTILINE | re.DOTALL)
+    listed = {line for block in entries for line in block.splitlines()}
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages <= listed, pages - listed

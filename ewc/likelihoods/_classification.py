@@ -40,6 +40,13 @@ class Classification(Pointwise):
     Raises:
         ValueError: `allowed_outputs` is empty, or has negative or repeated indices.
         TypeError: An argument is of another type.
+
+    Example:
+        The second of two heads, whose labels come as 2, 3, 4:
+
+        >>> second = Classification([2, 3, 4], target_transform=lambda labels: labels - 2)
+        >>> second.nll(torch.zeros(1, 5), torch.tensor([4]))
+        tensor([1.0986])
     """
 
     def __init__(

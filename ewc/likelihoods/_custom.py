@@ -21,6 +21,13 @@ class Custom(Likelihood):
     Raises:
         TypeError: `nll` or `sample` is no function, or `batch_dim` no integer.
         ValueError: `batch_dim` is negative.
+
+    Example:
+        >>> def nll(outputs, counts):
+        ...     return F.poisson_nll_loss(outputs, counts, reduction="none").sum(1)
+        >>> poisson = Custom(nll, sample=lambda outputs: torch.poisson(outputs.exp()))
+        >>> poisson.nll(torch.zeros(2, 3), torch.ones(2, 3))
+        tensor([3., 3.])
     """
 
     def __init__(

@@ -21,6 +21,8 @@ class Likelihood(ABC):
         ...
         ...     def sample(self, outputs):
         ...         return torch.poisson(outputs.exp())
+        >>> Poisson().nll(torch.zeros(2, 3), torch.ones(2, 3))
+        tensor([3., 3.])
 
     Attributes:
         batch_dim: The dimension that holds the samples, in inputs, targets and extras of two

@@ -35,6 +35,10 @@ class Regression(Pointwise):
         ValueError: `variance` is not finite or not > 0; `allowed_outputs` is empty, or has
             negative or repeated indices.
         TypeError: An argument is of another type.
+
+    Example:
+        >>> Regression(variance=0.5).nll(torch.zeros(2, 3), torch.ones(2, 3))
+        tensor([3., 3.])
     """
 
     def __init__(

@@ -33,6 +33,14 @@ class TimeSeries(Likelihood):
 
     Raises:
         TypeError: `step` is something else, or a subclass with an NLL of its own.
+
+    Example:
+        Two sequences of up to three steps; the second has only one:
+
+        >>> likelihood = TimeSeries(Regression(), batch_first=True)
+        >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+        >>> likelihood.nll(torch.zeros(2, 3, 4), torch.ones(2, 3, 4), mask)
+        tensor([6., 2.])
     """
 
     def __init__(
