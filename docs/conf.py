@@ -26,3 +26,6 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = "ewc"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_show_copyright = False
