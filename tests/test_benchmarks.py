@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 SCRIPTS = ["collection", "penalty", "memory", "growth"]
 
 
@@ -23,7 +24,7 @@ SCRIPTS = ["collection", "penalty", "memory", "growth"]
 def from_their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(FOLDER)
     yield
-    for name in [*SCRIPTS, "_harness", "_models", "_peers"]:
+    for name in [*SCRIPTS, "choices", "_digits", "_harness", "_models", "_peers"]:
         sys.modules.pop(name, None)
 
 
@@ -213,3 +214,45 @@ class TestCommands:
         monkeypatch.setattr(growth, "TASKS", (1, 2))
         printed = self.run(growth, capsys)
         assert [head for head in heads(printed) if head not in on_page("growth")] == []
+
+
+class TestChoices:
+    TABLES = ("types", "memory", "heads", "samples", "strength", "optimizer")
+
+    @pytest.fixture
+    def choices(self, harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        pytest.importorskip("sklearn")
+        monkeypatch.setattr(harness, "SHORTEST", 0.0)
+        return importlib.import_module("choices")
+
+    def on_page(self, name: str) -> str:
+        begin, end = importlib.import_module("_harness").markers(f"choices {name}")
+        assert CHOOSING.count(begin) == CHOOSING.count(end) == 1
+        return CHOOSING.split(begin)[1].split(end)[0]
+
+    @pytest.mark.parametrize("name", TABLES)
+    def test_the_page_has_what_is_printed(self, name: str, choices: ModuleType) -> None:
+        assert tuple(choices.TABLES) == self.TABLES
+        page = self.on_page(name)
+        assert page.strip().startswith(f"`python docs/benchmarks/choices.py {name}`")
+        assert f"torch {torch.__version__.split('.')[0]}." in page
+        scale = choices.Scale(seeds=1, tasks=2, steps=3, rounds=1)
+        printed = choices.report(name, scale, quick=False)
+        assert heads(printed) == heads(page)
+        assert first_cells(printed) == first_cells(page)
+
+    def test_divergence_is_an_entry(self, choices: ModuleType) -> None:
+        scale = choices.Scale(seeds=1, tasks=2, steps=30)
+        cells = choices.accuracies(choices.Job(strength=1e6), scale)
+        assert cells == ["diverges (1 of 1)"] * 3
+
+    def test_the_bound_is_where_the_penalty_alone_begins_to_grow(self, choices: ModuleType) -> None:
+        scale = choices.Scale(seeds=1, tasks=2, steps=60)
+        for step in choices.STEPS.values():
+            if step.bound < float("inf"):
+                assert choices.alone(step, 0.98 * step.bound, scale, seed=0) < 1
+                assert choices.alone(step, 1.05 * step.bound, scale, seed=0) > 1
+
+    def test_an_unknown_table_is_an_error(self, choices: ModuleType) -> None:
+        with pytest.raises(SystemExit):
+            choices.main(["tpyes"])

@@ -282,7 +282,7 @@ def protected(step: Step, product: float, scale: Scale, seed: int) -> tuple[Lear
 
 
 def alone(step: Step, product: float, scale: Scale, seed: int) -> float:
-    """What 500 steps on the penalty alone make of it, beginning a little off the anchor."""
+    """What as many steps as two tasks have make of the penalty alone, from beside the anchor."""
     learner, _, _ = protected(step, product, scale, seed)
     assert learner.ewc is not None
     with torch.no_grad():
@@ -290,7 +290,7 @@ def alone(step: Step, product: float, scale: Scale, seed: int) -> float:
             parameter += 1e-3 * torch.randn(parameter.shape, generator=learner.generator)
     optimizer = step.build(learner.model.parameters())
     values = []
-    for _ in range(500):
+    for _ in range(2 * scale.steps):
         penalty = learner.ewc()
         values.append(penalty.item())
         optimizer.zero_grad()
@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
-    parser.add_argument("--quick", action="store_true", help="one seed, two tasks, few steps")
+    parser.add_argument("--quick", action="store_true", help="two seeds, two tasks, few steps")
     parser.add_argument("--write", action="store_true", help=f"also write into {PAGE.name}")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.tables if name not in TABLES]
