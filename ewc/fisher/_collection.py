@@ -80,10 +80,10 @@ def collect(
         ValueError: If there are no samples, a batch is not valid, a module mixes samples, or a
             gradient is not finite.
     """
-    sums = {name: _zeros(each) for name, each in parameters.items()}
     layers: Layers | None = None
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        sums = {name: _zeros(each) for name, each in parameters.items()}
         stack.enter_context(torch.enable_grad())
         stack.enter_context(without_compilation())
         if any(map(is_sharded, model.parameters())):
@@ -101,7 +101,7 @@ def collect(
             truncated = run.over(batches, quota)
         except InvalidBatch as error:
             raise InvalidBatch(f"in batch {run.place} (counted from 0): {error}") from error
-    return _together(run, truncated, ranks)
+        return _together(run, truncated, ranks)
 
 
 def _together(run: Pass, truncated: bool, ranks: Ranks) -> Squares:
