@@ -39,9 +39,10 @@ def outside() -> Iterator[None]:
         yield
 
 
-def is_batched(tensor: Tensor, at: int) -> bool:
-    """Whether `tensor` carries the samples of the `vmap` at nesting level `at`."""
-    return bool(_functorch.is_batchedtensor(tensor) and _functorch.maybe_get_level(tensor) == at)
+def is_batched(tensor: Tensor, at: int | None = None) -> bool:
+    """Whether `tensor` carries the samples of the `vmap` at nesting level `at`, None for any."""
+    batched = bool(_functorch.is_batchedtensor(tensor))
+    return batched and (at is None or _functorch.maybe_get_level(tensor) == at)
 
 
 def physical(tensor: Tensor, at: int) -> Tensor | None:

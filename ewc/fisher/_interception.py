@@ -4,8 +4,9 @@ While a model runs on single samples inside `vmap`, a `TorchFunctionMode` is sho
 PyTorch function, whichever module or hand-written code makes it. A call with a protected
 parameter among its arguments is
 
-1. done by its *rule*, or rewritten into simpler calls, if there is one;
-2. otherwise done with a *copy per sample* of the parameter (an expanded view, without memory),
+1. remembered, if it takes a part of the parameter, or makes something of its elements one by one;
+2. done by its *rule*, or rewritten into simpler calls, if there is one;
+3. otherwise done with a *copy per sample* of the parameter (an expanded view, without memory),
    whose ordinary gradient is then the per-sample gradient.
 
 A parameter goes one way or the other for the whole pass. The first forward pass begins with rules
@@ -13,9 +14,7 @@ for all; what it meets that has no rule is remembered in `without_rule`, and the
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import pairwise
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -25,35 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ewc import _vmap
-from ewc.fisher.gradients import Gradient, Several
+from ewc.fisher._parts import CASTS, ELEMENTWISE, VIEWS, Protected, View
+from ewc.fisher.gradients import Gradient
 from ewc.fisher.rules._registry import ALWAYS, REWRITINGS, RULES, NotCovered
-
-_VIEWS = {
-    getattr(owner, name)
-    for owner in (torch, torch.Tensor)
-    for name in (
-        "chunk",
-        "flatten",
-        "narrow",
-        "permute",
-        "reshape",
-        "select",
-        "split",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    )
-    if hasattr(owner, name)
-} | {
-    torch.Tensor.__getitem__,
-    torch.Tensor.T.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
-}
-"""Functions whose result is part of the parameter itself, in another shape."""
 
 READING = {
     getattr(torch.Tensor, name)
@@ -74,62 +47,6 @@ class Apart(Exception):  # noqa: N818 - it says what is the case, as StopIterati
     def __init__(self, groups: list[list[int]]) -> None:
         super().__init__("the model reads values out of a tensor that differ between samples")
         self.groups = groups
-
-
-@dataclass
-class View:
-    """A protected parameter, or a part of it that the model took.
-
-    Attributes:
-        name: The parameter's name.
-        tensor: The parameter or the part; held, so that its `id` stays its own.
-        take: Takes the same part of the parameter's sum of squares, which may not exist before
-            there is a square to add.
-        used: How many operations use it.
-        gradients: What came back to each use, if there are several.
-    """
-
-    name: str
-    tensor: Tensor
-    take: Callable[[], Tensor]
-    used: int = 0
-    gradients: list[Gradient] = field(default_factory=list)
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        """Which elements of the parameter it holds, and in which order."""
-        return self.name, self.tensor.storage_offset(), self.tensor.shape, self._stride
-
-    @property
-    def _stride(self) -> tuple[int, ...]:
-        """How far apart its elements are in memory."""
-        if self.tensor.is_leaf and not any(self.tensor.stride()):
-            # A sharded parameter while it is not gathered has none; gathered, it is contiguous.
-            return torch.empty(self.tensor.shape, device="meta").stride()
-        return self.tensor.stride()
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """The first of its elements in memory, and the one behind its last."""
-        start = int(self.tensor.storage_offset())
-        steps = zip(self.tensor.shape, self._stride, strict=True)
-        return start, start + 1 + sum((size - 1) * step for size, step in steps)
-
-    def receive(self, gradient: Gradient) -> None:
-        """Square the gradient, or keep it until all uses can be summed."""
-        if self.used == 1:
-            gradient.add_squares(self.take())
-        else:
-            self.gradients.append(gradient)
-
-    def flush(self) -> None:
-        """Sum what several uses received, and square the sum."""
-        if not self.gradients:
-            return
-        kinds = {type(gradient) for gradient in self.gradients}
-        join = kinds.pop().joined if len(kinds) == 1 else Several
-        join(self.gradients).add_squares(self.take())
-        self.gradients = []
 
 
 class Interception(TorchFunctionMode):
@@ -164,9 +81,8 @@ class Interception(TorchFunctionMode):
         self._kept: dict[int, int] = {}
         self.without_rule: set[str] = set()
         self.reads = False
+        self._protected: list[Protected] = []
         self._views: dict[int, View] = {}
-        self._places: dict[tuple[Any, ...], View] = {}
-        self._held: list[Tensor] = []
         self._copied: dict[int, str] = {}
         self._batched: dict[int, Tensor] = {}
         copied = set(copied)
@@ -174,25 +90,14 @@ class Interception(TorchFunctionMode):
             if name in copied:
                 self._copied[id(parameter)] = name
             else:
-                self._add_view(View(name, parameter, partial(totals.__getitem__, name)))
+                protected = Protected(name, parameter, totals)
+                self._protected.append(protected)
+                self._views[id(parameter)] = View(parameter, protected.whole)
 
     @property
     def by_rule(self) -> set[str]:
         """The names of the parameters that an operation with a rule used."""
-        return {view.name for view in self._places.values() if view.used}
-
-    @property
-    def entangled(self) -> set[str]:
-        """The names of parameters of which parts were used that share elements."""
-        spans: dict[str, list[tuple[int, int]]] = {}
-        for view in self._places.values():
-            if view.used:
-                spans.setdefault(view.name, []).append(view.span)
-        return {
-            name
-            for name, found in spans.items()
-            if any(stop > start for (_, stop), (start, _) in pairwise(sorted(found)))
-        }
+        return {each.name for each in self._protected if each.used}
 
     @property
     def kept(self) -> int:
@@ -201,20 +106,25 @@ class Interception(TorchFunctionMode):
 
     def flush(self) -> None:
         """Square what was used more than once, when a reverse pass is over."""
-        for view in self._places.values():
-            view.flush()
+        for each in self._protected:
+            each.flush()
 
     # What rules call.
 
     def samples(self, tensor: Tensor) -> Tensor:
         """See `Operation.samples`."""
         if id(tensor) in self._views:
+            self._leave(self._views[id(tensor)])
             raise NotCovered
         inner = _vmap.physical(tensor, self.level)
         if inner is None:
             return tensor.expand(self.count, *tensor.shape)
         self._weigh(inner)
         return inner
+
+    def protects(self, tensor: Tensor) -> bool:
+        """See `Operation.protects`."""
+        return id(tensor) in self._views
 
     def value(self, parameter: Tensor) -> Tensor:
         """See `Operation.value`."""
@@ -230,7 +140,7 @@ class Interception(TorchFunctionMode):
         for parameter, gradient in gradients.items():
             view = self._views.get(id(parameter))
             if view is not None:
-                view.used += 1
+                view.part.uses += 1
                 watched.append((view, gradient))
         if not watched:
             return output
@@ -264,9 +174,9 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._copied:
             args, kwargs = self._with_copies(args), self._with_copies(kwargs)
-        found = self._protected(args)
+        found = self._found(args)
         if kwargs:
-            found += self._protected(kwargs.values())
+            found += self._found(kwargs.values())
         if func in READING and _vmap.is_batched(args[0], self.level):
             return self._read(func, *args, **kwargs)
         if func in _REVERSING and _vmap.level() == self.level:
@@ -275,6 +185,13 @@ class Interception(TorchFunctionMode):
             raise RuntimeError("the model differentiates by autograd inside its forward")
         if not (found or func in ALWAYS) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        for view in found:
+            if view.stale:
+                self._leave(view)
+        if len(found) == 1 and _vmap.level() == self.level:
+            outputs = self._remembered(found[0], func, args, kwargs)
+            if outputs is not None:
+                return outputs
         try:
             if func in REWRITINGS:
                 with self:
@@ -284,21 +201,26 @@ class Interception(TorchFunctionMode):
                     outputs = RULES[func](self, *args, **kwargs)
                 return tree_map_only(Tensor, lambda out: _vmap.logical(out, self.level), outputs)
         except NotCovered:
-            pass
-        if not found:
-            return func(*args, **kwargs)
-        if func in _VIEWS and args and self._views.get(id(args[0])) is found[0]:
-            return self._part(found[0], func, args, kwargs)
-        body = _body(func)
+            if any(view.part.parameter.name in self.without_rule for view in found):
+                return func(*args, **kwargs)  # to be done again, with copies of that one alone
+        body = _body(func) if found else None
         if body is not None:
             with self:
                 return body(*args, **kwargs)
         outputs = func(*args, **kwargs)
         if any(_vmap.differentiable(out) for out in tree_leaves(outputs)):
-            self.without_rule.update(view.name for view in found)
+            for view in found:
+                self._leave(view)
         return outputs
 
-    def _protected(self, arguments: Iterable[Any]) -> list[View]:
+    def _has_samples(self, argument: Any) -> bool:
+        return isinstance(argument, Tensor) and _vmap.is_batched(argument, self.level)
+
+    def _leave(self, view: View) -> None:
+        """Leave the parameter to another path than rules."""
+        self.without_rule.add(view.part.parameter.name)
+
+    def _found(self, arguments: Iterable[Any]) -> list[View]:
         """The protected parameters, and parts of them, among the arguments of a call."""
         views = self._views
         found = []
@@ -306,7 +228,7 @@ class Interception(TorchFunctionMode):
             if id(argument) in views:
                 found.append(views[id(argument)])
             elif isinstance(argument, (tuple, list)):
-                found += self._protected(argument)
+                found += self._found(argument)
         return found
 
     def _read(self, func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -339,35 +261,27 @@ class Interception(TorchFunctionMode):
 
         return tree_map_only(Tensor, replace, arguments)
 
-    def _part(
+    def _remembered(
         self, view: View, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Take a part of a parameter, and remember whose it is."""
-        parts = func(*args, **kwargs)
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args[1:], kwargs))):
-            self.without_rule.add(view.name)  # indexed by a tensor, perhaps of the samples' own
-            return parts
-        many = isinstance(parts, (tuple, list))
+        """Take a part of a parameter, or make something of its elements, and remember whose it is.
 
-        def take(place: int) -> Tensor:
-            totals = func(view.take(), *args[1:], **kwargs)
-            total: Tensor = totals[place] if many else totals
-            return total
-
-        for place, part in enumerate(parts if many else (parts,)):
-            if part.untyped_storage().data_ptr() != view.tensor.untyped_storage().data_ptr():
-                self.without_rule.add(view.name)  # a copy: its squares have no place in the total
-            else:
-                self._add_view(View(view.name, part, partial(take, place)))
-        return parts
+        Returns:
+            None if the function does something else, or its result cannot be remembered.
+        """
+        if func in VIEWS and args[:1] and args[0] is view.tensor:
+            outputs, views = view.parts(func, *args[1:], **kwargs)
+        elif func in CASTS or (func in ELEMENTWISE and not any(map(self._has_samples, args))):
+            outputs, views = view.made(func, *args, **kwargs)
+        else:
+            return None
+        for each in views:
+            self._views.setdefault(id(each.tensor), each)
+        return outputs if views else None
 
     def _weigh(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self._kept[storage.data_ptr()] = storage.nbytes()
-
-    def _add_view(self, view: View) -> None:
-        self._held.append(view.tensor)
-        self._views[id(view.tensor)] = self._places.setdefault(view.place, view)
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -145,15 +145,17 @@ class Vectorised:
         else:
             outputs = found.movedim(0, dim).flatten(dim, dim + 1)
             terms = self.terms(outputs, batch.rest, batch.size)
-        copied = interception.without_rule | interception.entangled
+        copied = interception.without_rule
         leaves = tuple(leaves_of(terms))
         begin = {id(leaf) for leaf in leaves}
         # An interception keeps all that it sees out of the graph, so what the graph leads to it
         # did not see: arguments of a custom autograd.Function, or of a scripted module.
-        unseen = {name for name, parameter in seen.items() if id(parameter) in begin} - copied
+        unseen = {name for name, parameter in seen.items() if id(parameter) in begin}
         self.by_copy |= copied
+        if copied:
+            return None
         self.left_out |= dict.fromkeys(unseen, UNSEEN)
-        if copied or unseen:
+        if unseen:
             return None
         self.by_rule |= interception.by_rule
         self._expansion = interception.kept / max(1, batch.nbytes)

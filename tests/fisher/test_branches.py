@@ -129,4 +129,4 @@ def test_a_parameter_that_is_read_is_the_same_for_all() -> None:
     x, y = torch.randn(5, 4).double(), torch.randint(3, (5,))
     found = collected(net, [(x, y)])
     assert_close(found.sums, oracle.empirical(net, (x, y), nll), 1e-9)
-    assert found.paths == {"gate": "vmap", "layer.weight": "rule", "layer.bias": "rule"}
+    assert set(found.paths.values()) == {"rule"}

@@ -1,5 +1,6 @@
 """Every rule on random shapes: odd sizes, dimensions of size one, non-contiguous inputs."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ewc import Custom
-from ewc.fisher import NotCovered, Operation, Outer, Total, rewriting, rule
+from ewc.fisher import Dense, NotCovered, Operation, Outer, rewriting, rule
 from ewc.fisher.rules import _registry
 from tests import oracle
 from tests.fisher.test_collection import assert_close, collected
@@ -217,59 +218,52 @@ def registry() -> Any:
     _registry.REWRITINGS.update(rewritings)
 
 
-class Scaled(nn.Module):
+class Distances(nn.Module):
+    """To prototypes: an operation without a rule."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.rand(3))
+        self.centres = nn.Parameter(torch.randn(5, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.mul(x, self.scale)
+        return torch.cdist(x, self.centres)
+
+
+def distances(op: Operation, x1: Tensor, x2: Tensor, slip: float = 1) -> Tensor:
+    x, centres = op.samples(x1), op.value(x2)
+    if x.dim() != 3:  # [N, S, 3]
+        raise NotCovered
+    out = torch.cdist(x, centres)
+
+    def gradient(g: Tensor) -> Dense:
+        g = slip * g / out
+        return Dense(g.sum(1).unsqueeze(2) * centres - g.mT @ x)
+
+    return op.watch(out, {x2: gradient})
 
 
 @pytest.mark.usefixtures("registry")
 def test_a_rule_of_the_users_own() -> None:
-    check(Scaled(), noise(0, 4, 3), path="vmap")
-
-    @rule(torch.mul)
-    def multiply(op: Operation, input: Tensor, other: Tensor) -> Tensor:
-        x = op.samples(input)
-        if x.dim() != 3:  # [N, 1, 3]: one sample is a batch of one
-            raise NotCovered
-        return op.watch(x * op.value(other), {other: lambda g: Total(g * x)})
-
-    check(Scaled(), noise(0, 4, 3), path="rule")
-    check(Scaled(), noise(0, 4, 2, 3), path="vmap")
+    check(Distances(), noise(0, 4, 3), path="vmap")
+    rule(torch.cdist)(distances)
+    check(Distances(), noise(0, 4, 3), path="rule")
+    check(Distances(), noise(0, 4, 2, 3), path="vmap")
 
 
 @pytest.mark.usefixtures("registry")
 def test_a_rule_that_is_wrong_is_found_out() -> None:
-    @rule(torch.mul)
-    def multiply(op: Operation, input: Tensor, other: Tensor) -> Tensor:
-        x = op.samples(input)
-        return op.watch(x * op.value(other), {other: lambda g: Total(2 * g * x)})
-
-    check(Scaled(), noise(0, 4, 3), path="loop")
+    rule(torch.cdist)(partial(distances, slip=2))
+    check(Distances(), noise(0, 4, 3), path="loop")
 
 
 @pytest.mark.usefixtures("registry")
 def test_a_rewriting_of_the_users_own() -> None:
-    class Product(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(2, 3))
+    @rewriting(torch.cdist)
+    def cdist(x1: Tensor, x2: Tensor) -> Tensor:
+        return (x1.unsqueeze(-2) - x2).square().sum(-1).sqrt()
 
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("ni,oi->no", x, self.weight)
-
-    check(Product(), noise(0, 4, 3), path="vmap")
-
-    @rewriting(torch.einsum)
-    def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor:
-        if equation != "ni,oi->no":
-            raise NotCovered
-        return F.linear(x, weight)
-
-    check(Product(), noise(0, 4, 3), path="rule")
+    check(Distances(), noise(0, 4, 3), path="rule")
+    check(Distances(), noise(0, 4, 2, 3), path="rule")
 
 
 def test_forms_of_gradients_written_out() -> None:

@@ -5,11 +5,14 @@ Importing this package registers them all: one file for each family of operation
 
 from ewc.fisher.rules import (  # noqa: F401  (imported for their registration)
     attention,
+    broadcasting,
     convolution,
     embedding,
+    joining,
     linear,
     loss,
     normalisation,
+    products,
     recurrent,
 )
 from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule

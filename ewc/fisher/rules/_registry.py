@@ -33,8 +33,12 @@ class Operation(Protocol):
         """All samples of a tensor that the model sees as `[...]`, shape `[N, ...]`.
 
         Raises:
-            NotCovered: If it is itself a protected parameter.
+            NotCovered: If it is itself a protected parameter, which then goes by copies.
         """
+        ...
+
+    def protects(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a protected parameter, or was made of one and of no samples."""
         ...
 
     def value(self, parameter: Tensor) -> Tensor:

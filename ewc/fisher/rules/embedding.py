@@ -1,9 +1,13 @@
-"""Embeddings and bags of embeddings, sparse gradients or not."""
+"""Embeddings, bags of embeddings, and rows read by an index, sparse gradients or not."""
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ewc.fisher._compositions import Arranged
 from ewc.fisher.gradients import Rows
 from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
 from ewc.fisher.rules.linear import positions
@@ -35,6 +39,56 @@ def embedding(
         return Rows(flat, g, rows)
 
     return op.watch(F.embedding(index, value), {weight: weight_gradient})
+
+
+@rule(torch.embedding)
+def embedding_as_written_in_aten(
+    op: Operation,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """The same with its arguments in another order, where -1 stands for no padding."""
+    padding = None if padding_idx < 0 else padding_idx
+    return embedding(op, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+
+@rule(torch.index_select, torch.Tensor.index_select)
+def index_select(op: Operation, input: Tensor, dim: int, index: Tensor) -> Tensor:
+    """`grad W[n, v] = sum of g[n, s] over the positions s with index[n, s] = v`, along `dim`."""
+    value, places = op.value(input), op.samples(index)
+    if value.dim() == 0 or index.dim() != 1:
+        raise NotCovered
+    dim = dim % value.dim()
+    out = value.index_select(dim, places.flatten()).unflatten(dim, places.shape).movedim(dim, 0)
+    shape = [value.shape[dim], *value.shape[:dim], *value.shape[dim + 1 :]]
+    order = [*range(1, dim + 1), 0, *range(dim + 1, value.dim())]
+
+    def gradient(g: Tensor) -> Arranged:
+        g = g.movedim(dim + 1, 1)
+        rows = Rows(places.long(), g.reshape(*g.shape[:2], -1), shape[0])
+        return Arranged(rows, (shape[0], math.prod(shape[1:])), shape, order)
+
+    return op.watch(out, {input: gradient})
+
+
+@rewriting(torch.Tensor.__getitem__)
+def getitem(input: Tensor, index: Any) -> Tensor:
+    """`W[index]`, `W[:, index]`, `W[rows, columns]`: integer tensors next to each other."""
+    index = index if isinstance(index, tuple) else (index,)
+    before = next((n for n, each in enumerate(index) if each != slice(None)), 0)
+    indices = index[before:]
+    if not indices or not all(isinstance(each, Tensor) for each in indices):
+        raise NotCovered
+    if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
+        raise NotCovered
+    sizes = input.shape[before : before + len(indices)]
+    numbers = torch.arange(math.prod(sizes), device=input.device).view(sizes)[indices]
+    rows = input.flatten(before, before + len(indices) - 1)
+    read = rows.index_select(before, numbers.flatten())
+    return torch.unflatten(read, before, numbers.shape)
 
 
 @rewriting(F.embedding_bag)

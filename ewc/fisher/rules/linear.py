@@ -1,4 +1,4 @@
-"""Linear maps: `F.linear`, matrix products, `torch.addmm`, `F.bilinear`."""
+"""Linear maps: `F.linear`, `torch.addmm`, `F.bilinear`."""
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,10 @@ def positions(tensor: Tensor, keep: int = 1) -> Tensor:
 @rule(F.linear)
 def linear(op: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`grad W[n, o, i] = sum_s g[n, s, o] x[n, s, i]`, `grad b[n, o] = sum_s g[n, s, o]`."""
-    x = op.samples(input)
-    out = F.linear(x, op.value(weight), None if bias is None else op.value(bias))
+    x, value = op.samples(input), op.value(weight)
+    if value.dim() != 2:
+        raise NotCovered
+    out = F.linear(x, value, None if bias is None else op.value(bias))
     return op.watch(
         out,
         {
@@ -25,17 +27,6 @@ def linear(op: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = N
             bias: lambda g: Total(positions(g)),
         },
     )
-
-
-@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
-def matmul(op: Operation, input: Tensor, other: Tensor) -> Tensor:
-    """`grad W[n, i, o] = sum_s x[n, s, i] g[n, s, o]` for `x @ W`."""
-    weight = op.value(other)
-    if weight.dim() != 2 or input.dim() == 0:
-        raise NotCovered
-    x = op.samples(input)
-    out = x @ weight
-    return op.watch(out, {other: lambda g: Outer(positions(x), positions(g))})
 
 
 @rule(torch.addmm, torch.Tensor.addmm)

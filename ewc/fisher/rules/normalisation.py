@@ -39,7 +39,7 @@ def _affine(
     return op.watch(out, {weight: lambda g: total(g * normalise(None, None)), bias: total})
 
 
-@rule(F.layer_norm)
+@rule(F.layer_norm, torch.layer_norm)
 def layer_norm(
     op: Operation,
     input: Tensor,
@@ -47,6 +47,7 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> Tensor:
     """The channels are the last dimensions, all of `normalized_shape`."""
     x, channels = op.samples(input), slice(-len(normalized_shape), None)
@@ -57,7 +58,7 @@ def layer_norm(
     return _affine(op, normalise, weight, bias, channels)
 
 
-@rule(F.rms_norm)
+@rule(F.rms_norm, torch.rms_norm)
 def rms_norm(
     op: Operation,
     input: Tensor,
@@ -74,7 +75,7 @@ def rms_norm(
     return _affine(op, normalise, weight, None, channels)
 
 
-@rule(F.group_norm)
+@rule(F.group_norm, torch.group_norm)
 def group_norm(
     op: Operation,
     input: Tensor,
@@ -82,6 +83,7 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> Tensor:
     """The channels are dimension 1 of the input, behind its own batch dimension."""
     x = op.samples(input)
@@ -118,6 +120,24 @@ def instance_norm(
     return _affine(op, normalise, weight, bias, slice(2, 3))
 
 
+@rule(torch.instance_norm)
+def instance_norm_as_written_in_aten(
+    op: Operation,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """The same with its arguments in another order."""
+    statistics = (running_mean, running_var, weight, bias, use_input_stats)
+    return instance_norm(op, input, *statistics, eps=eps)
+
+
 @rule(F.batch_norm)
 def batch_norm(
     op: Operation,
@@ -140,6 +160,23 @@ def batch_norm(
         return F.batch_norm(flat, running_mean, running_var, scale, shift, eps=eps).view(x.shape)
 
     return _affine(op, normalise, weight, bias, slice(2, 3))
+
+
+@rule(torch.batch_norm)
+def batch_norm_as_written_in_aten(
+    op: Operation,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """The same with its arguments in another order."""
+    return batch_norm(op, input, running_mean, running_var, weight, bias, training, eps=eps)
 
 
 @rule(F.prelu, torch.prelu)

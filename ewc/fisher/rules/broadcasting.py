@@ -1,0 +1,149 @@
+"""Parameters added to samples, or multiplied with them, with broadcasting.
+
+Positions, scales, shifts by hand, the weight of an RMS norm: wherever a dimension of the
+parameter was broadcast, the gradient of a sample is the sum over that dimension.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.gradients import Gradient, Total
+from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
+
+Slope = Callable[..., Tensor]
+"""`slope(g, *operands)`: the gradient of one operand, not yet summed, `[N, ...]`."""
+
+
+def _pointwise(
+    op: Operation,
+    function: Callable[..., Tensor],
+    operands: Sequence[Any],
+    slopes: Sequence[Slope],
+) -> Tensor:
+    """`function(*operands)`, of which some are parameters."""
+    if not all(isinstance(operand, Tensor) for operand in operands):
+        raise NotCovered
+    dims = max(operand.dim() for operand in operands)
+    if len({operand.dtype for operand in operands}) > 1 and any(
+        operand.dim() == 0 and not op.protects(operand) for operand in operands
+    ):
+        raise NotCovered  # a number's type gives way to a tensor's; with the samples it is a tensor
+    protected = [operand for operand in operands if op.protects(operand)]
+    if len(set(protected)) < len(protected):
+        raise NotCovered
+    given = max((each.numel() for each in operands if not op.protects(each)), default=0)
+    if given < max(each.numel() for each in protected) == _size(operands):
+        raise NotCovered  # a weight of its own for each sample: of copies only so many are made
+    aligned, gradients = [], {}
+    for operand in operands:
+        if op.protects(operand):
+            aligned.append(op.value(operand))
+        else:
+            x = op.samples(operand)
+            aligned.append(x.reshape(len(x), *[1] * (dims - operand.dim()), *operand.shape))
+    for operand, slope in zip(operands, slopes, strict=True):
+        if op.protects(operand):
+            gradients[operand] = _summed(slope, aligned, operand.shape)
+    return op.watch(function(*aligned), gradients)
+
+
+def _size(operands: Sequence[Tensor]) -> int:
+    return math.prod(torch.broadcast_shapes(*(operand.shape for operand in operands)))
+
+
+def _summed(
+    slope: Slope, operands: Sequence[Tensor], shape: Sequence[int]
+) -> Callable[[Tensor], Gradient]:
+    """The gradients of a parameter of this shape: sums over what it was broadcast over."""
+
+    def gradient(g: Tensor) -> Total:
+        each = slope(g, *operands)
+        ones = [1] * (each.dim() - 1 - len(shape))
+        return Total(each.sum_to_size(len(each), *ones, *shape).view(len(each), 1, *shape))
+
+    return gradient
+
+
+@rule(torch.add, torch.Tensor.add)
+def add(op: Operation, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
+    """`input + alpha * other`."""
+    return _pointwise(
+        op,
+        lambda a, b: torch.add(a, b, alpha=alpha),
+        (input, other),
+        (lambda g, a, b: g, lambda g, a, b: g if alpha == 1 else g * alpha),
+    )
+
+
+@rule(torch.sub, torch.Tensor.sub, torch.subtract, torch.Tensor.subtract)
+def subtract(op: Operation, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
+    """`input - alpha * other`."""
+    return _pointwise(
+        op,
+        lambda a, b: torch.sub(a, b, alpha=alpha),
+        (input, other),
+        (lambda g, a, b: g, lambda g, a, b: g * -alpha),
+    )
+
+
+@rule(torch.mul, torch.Tensor.mul, torch.multiply, torch.Tensor.multiply)
+def multiply(op: Operation, input: Any, other: Any) -> Tensor:
+    """`input * other`."""
+    slopes = (lambda g, a, b: g * b, lambda g, a, b: g * a)
+    return _pointwise(op, torch.mul, (input, other), slopes)
+
+
+@rule(torch.div, torch.Tensor.div, torch.true_divide, torch.Tensor.true_divide)
+def divide(op: Operation, input: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
+    """`input / other`."""
+    if rounding_mode is not None:
+        raise NotCovered
+    slopes = (lambda g, a, b: g / b, lambda g, a, b: -g * (a / b) / b)
+    return _pointwise(op, torch.div, (input, other), slopes)
+
+
+@rule(torch.where)
+def where(op: Operation, condition: Tensor, input: Any, other: Any) -> Tensor:
+    """A choice between the two, such as a token for what is masked."""
+    slopes = (
+        lambda g, c, a, b: g,
+        lambda g, c, a, b: torch.where(c, g, 0),
+        lambda g, c, a, b: torch.where(c, 0, g),
+    )
+    return _pointwise(op, torch.where, (condition, input, other), slopes)
+
+
+@rewriting(torch.addcmul, torch.Tensor.addcmul)
+def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+    """`input + value * tensor1 * tensor2`."""
+    return torch.add(input, torch.mul(tensor1, tensor2), alpha=value)
+
+
+@rewriting(torch.lerp, torch.Tensor.lerp)
+def lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
+    """`input + weight * (end - input)`."""
+    return torch.add(input, torch.mul(torch.sub(end, input), weight))
+
+
+def _in_place(method: Callable[..., Tensor], slope: Slope) -> None:
+    """Register the rule for `x.add_(parameter)` or another method like it."""
+
+    @rule(method)
+    def write(op: Operation, input: Tensor, other: Any) -> Tensor:
+        if not op.protects(other) or other.dim() > input.dim():
+            raise NotCovered
+        x, value = op.samples(input), op.value(other)
+        if not x.requires_grad or x._is_view():
+            raise NotCovered  # what is watched has to be the very tensor that is written into
+        before = x if method in (torch.Tensor.add_, torch.Tensor.sub_) else x.clone()
+        return op.watch(method(x, value), {other: _summed(slope, (before, value), value.shape)})
+
+
+_in_place(torch.Tensor.add_, lambda g, a, b: g)
+_in_place(torch.Tensor.sub_, lambda g, a, b: -g)
+_in_place(torch.Tensor.mul_, lambda g, a, b: g * a)
+_in_place(torch.Tensor.div_, lambda g, a, b: -g * (a / b) / b)
