@@ -126,6 +126,10 @@ class Interception(TorchFunctionMode):
         """See `Operation.protects`."""
         return id(tensor) in self._views
 
+    def varies(self, tensor: Tensor) -> bool:
+        """See `Operation.varies`."""
+        return _vmap.is_batched(tensor, self.level)
+
     def value(self, parameter: Tensor) -> Tensor:
         """See `Operation.value`."""
         if _vmap.is_batched(parameter, self.level) or parameter.is_complex():
@@ -213,8 +217,8 @@ class Interception(TorchFunctionMode):
                 self._leave(view)
         return outputs
 
-    def _has_samples(self, argument: Any) -> bool:
-        return isinstance(argument, Tensor) and _vmap.is_batched(argument, self.level)
+    def _vary(self, arguments: Iterable[Any]) -> bool:
+        return any(isinstance(each, Tensor) and self.varies(each) for each in arguments)
 
     def _leave(self, view: View) -> None:
         """Leave the parameter to another path than rules."""
@@ -271,7 +275,7 @@ class Interception(TorchFunctionMode):
         """
         if func in VIEWS and args[:1] and args[0] is view.tensor:
             outputs, views = view.parts(func, *args[1:], **kwargs)
-        elif func in CASTS or (func in ELEMENTWISE and not any(map(self._has_samples, args))):
+        elif func in CASTS or (func in ELEMENTWISE and not self._vary(args)):
             outputs, views = view.made(func, *args, **kwargs)
         else:
             return None

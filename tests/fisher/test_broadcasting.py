@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ewc import Custom
 from tests import oracle
 from tests.fisher.test_collection import assert_close, collected
-from tests.fisher.test_rules import check, few, loss, noise, seeds, small
+from tests.fisher.test_rules import check, few, fewer, loss, noise, seeds, small
 
 Function = Callable[..., Any]
 
@@ -72,7 +73,7 @@ OPERATORS: dict[str, Function] = {
 }
 
 
-@few
+@fewer
 @given(st.lists(small, min_size=1, max_size=3), small, st.booleans(), seeds, st.data())
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators(
@@ -103,8 +104,6 @@ def test_types_are_promoted_as_ever(name: str, types: Any, shapes: Any) -> None:
     def nll(outputs: Tensor) -> Tensor:
         seen.append(outputs.dtype)
         return loss(outputs.float().unsqueeze(1) if outputs.dim() < 2 else outputs.float())
-
-    from ewc import Custom
 
     found = collected(net, [(x,)], likelihood=Custom(nll))
     assert len(set(seen)) == 1
@@ -145,7 +144,7 @@ INDEXED: dict[str, Function] = {
 }
 
 
-@few
+@fewer
 @given(small, small, small, seeds)
 @pytest.mark.parametrize("name", INDEXED)
 def test_indexed_by_the_inputs(name: str, n: int, positions: int, wide: int, seed: int) -> None:
@@ -157,7 +156,5 @@ def test_indexed_by_the_inputs(name: str, n: int, positions: int, wide: int, see
 def test_an_index_out_of_range_is_still_an_error() -> None:
     net = Applied(lambda i, p: p[i].sum(1), (3, 2)).double()
     i = torch.tensor([[0], [1], [2], [3]])
-    from ewc import Custom
-
     with pytest.raises(IndexError):
         collected(net, [(i,)], likelihood=Custom(loss))

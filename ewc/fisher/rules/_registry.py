@@ -41,6 +41,14 @@ class Operation(Protocol):
         """Whether a tensor is a protected parameter, or was made of one and of no samples."""
         ...
 
+    def varies(self, tensor: Tensor) -> bool:
+        """Whether a tensor has other values for each sample.
+
+        What is made of parameters alone is best left to copies, of which only so many are made at
+        a time: a rule would make as many as there are samples.
+        """
+        ...
+
     def value(self, parameter: Tensor) -> Tensor:
         """The value of a parameter, detached, `[*shape]`.
 

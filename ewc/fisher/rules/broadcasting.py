@@ -4,7 +4,6 @@ Positions, scales, shifts by hand, the weight of an RMS norm: wherever a dimensi
 parameter was broadcast, the gradient of a sample is the sum over that dimension.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,11 +32,8 @@ def _pointwise(
     ):
         raise NotCovered  # a number's type gives way to a tensor's; with the samples it is a tensor
     protected = [operand for operand in operands if op.protects(operand)]
-    if len(set(protected)) < len(protected):
+    if len(set(protected)) < len(protected) or not any(map(op.varies, operands)):
         raise NotCovered
-    given = max((each.numel() for each in operands if not op.protects(each)), default=0)
-    if given < max(each.numel() for each in protected) == _size(operands):
-        raise NotCovered  # a weight of its own for each sample: of copies only so many are made
     aligned, gradients = [], {}
     for operand in operands:
         if op.protects(operand):
@@ -49,10 +45,6 @@ def _pointwise(
         if op.protects(operand):
             gradients[operand] = _summed(slope, aligned, operand.shape)
     return op.watch(function(*aligned), gradients)
-
-
-def _size(operands: Sequence[Tensor]) -> int:
-    return math.prod(torch.broadcast_shapes(*(operand.shape for operand in operands)))
 
 
 def _summed(

@@ -18,7 +18,7 @@ def cat(
     dim = dim if axis is None else axis
     samples = [None if op.protects(each) else op.samples(each) for each in tensors]
     n = max((len(each) for each in samples if each is not None), default=0)
-    if n == 0 or len({each.dim() for each in tensors}) > 1:
+    if not any(map(op.varies, tensors)) or len({each.dim() for each in tensors}) > 1:
         raise NotCovered
     pieces, start = [], 0
     starts: dict[Tensor, list[int]] = {}

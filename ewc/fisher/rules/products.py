@@ -54,7 +54,7 @@ class Outers(Gradient):
 def contract(op: Operation, input: Tensor, weight: Tensor, x: str, w: str, out: str) -> Tensor:
     """`torch.einsum(f"{x},{w}->{out}", input, weight)`, one letter for each dimension."""
     value, data = op.value(weight), op.samples(input)
-    if len(set(x)) < len(x) or len(set(w)) < len(w):
+    if len(set(x)) < len(x) or len(set(w)) < len(w) or not op.varies(input):
         raise NotCovered
     sizes, given = dict(zip(w, value.shape, strict=True)), dict(zip(x, input.shape, strict=True))
     # A dimension of size one that stands for any number of times the same is left out.
