@@ -39,7 +39,7 @@ def in_place(name: str) -> Function:
     """Written into, and read by another name."""
 
     def write(x: Tensor, p: Tensor) -> Tensor:
-        x = torch.broadcast_tensors(x, p)[0].clone()
+        x = x.expand(torch.broadcast_shapes(x.shape, p.shape)).clone()
         same = x
         getattr(x, name)(away(p))
         return same
@@ -138,9 +138,11 @@ INDEXED: dict[str, Function] = {
     "last two": lambda i, p: p[:, i, i % 2].movedim(1, 0),
     "negative": lambda i, p: p[-1 - i],
     "index_select": lambda i, p: p.index_select(0, i.flatten()).unflatten(0, i.shape),
-    "index_select, columns": lambda i, p: torch.index_select(p, -2, i.flatten()).movedim(1, 0),
+    "index_select, columns": lambda i, p: (
+        torch.index_select(p, -2, i.flatten()).unflatten(1, i.shape).movedim(1, 0)
+    ),
     "torch.embedding": lambda i, p: torch.embedding(p.flatten(1), i),
-    "the same for all": lambda i, p: i.unsqueeze(2) * p[torch.tensor([1, 1]), 0].sum(0)[:2],
+    "the same for all": lambda i, p: i.unsqueeze(2) * p[torch.tensor([1, 1])].sum((0, 1)),
 }
 
 

@@ -231,7 +231,7 @@ class Distances(nn.Module):
         return torch.cdist(x, self.centres)
 
 
-def distances(op: Operation, x1: Tensor, x2: Tensor, slip: float = 1) -> Tensor:
+def distances(op: Operation, x1: Tensor, x2: Tensor, *, slip: float = 1, **options: Any) -> Tensor:
     x, centres = op.samples(x1), op.value(x2)
     if x.dim() != 3:  # [N, S, 3]
         raise NotCovered
@@ -261,7 +261,7 @@ def test_a_rule_that_is_wrong_is_found_out() -> None:
 @pytest.mark.usefixtures("registry")
 def test_a_rewriting_of_the_users_own() -> None:
     @rewriting(torch.cdist)
-    def cdist(x1: Tensor, x2: Tensor) -> Tensor:
+    def cdist(x1: Tensor, x2: Tensor, **options: Any) -> Tensor:
         return (x1.unsqueeze(-2) - x2).square().sum(-1).sqrt()
 
     check(Distances(), noise(0, 4, 3), path="rule")
