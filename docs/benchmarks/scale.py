@@ -58,9 +58,7 @@ def data(samples: int) -> tuple[Tensor, Tensor]:
 def _work(rank: int, task: str, store: str, arguments: Sequence[int], results: Any) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group(
-        "gloo", rank=rank, world_size=PROCESSES, init_method=f"file://{store}"
-    )
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, init_method=f"file://{store}")
     results.put((rank, {"memory": _memory, "time": _time}[task](*arguments)))
     dist.destroy_process_group()
 
