@@ -1,0 +1,185 @@
+"""What every recipe of docs/recipes promises, and its page's own code to show it with.
+
+A page is executed block by block, so that what is tested is what is read. The contract is the same
+for all of them; what differs is how each library is asked to train, to save and to resume.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ewc import EWC
+from ewc._parameters import find, named_parameters, unwrap
+from tests._tasks import same
+from tests.test_docs import blocks
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes"
+LOOP = re.compile(r"^for .*tasks", re.MULTILINE)  # begins the block that learns the tasks
+
+Gradients = dict[str, Tensor]
+
+
+def recipe(name: str, *, seed: int = 0, loop: bool = True) -> SimpleNamespace:
+    """Run the code of a page, and return what it has defined.
+
+    Args:
+        name: Of the page.
+        seed: For the weights. The data of a page have a seed of their own.
+        loop: Whether to run the block that learns the tasks. Without it, the page is as in a new
+            process that has learned nothing yet.
+    """
+    page = RECIPES / f"{name}.md"
+    space: dict[str, Any] = {"__name__": f"recipe_{name}"}
+    torch.manual_seed(seed)
+    for line, code in blocks(page.read_text(encoding="utf-8")):
+        if loop or LOOP.search(code) is None:
+            exec(compile("\n" * line + code, str(page), "exec"), space)
+    return SimpleNamespace(**space)
+
+
+@contextmanager
+def recorded() -> Iterator[list[dict[nn.Parameter, Tensor]]]:
+    """The gradients that optimizers have found, one dict for each of their steps.
+
+    Read after the step: Lightning runs the last backward inside of it.
+    """
+    steps: list[dict[nn.Parameter, Tensor]] = []
+
+    def record(optimizer: Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        steps.append({p: p.grad.clone() for p in parameters if p.grad is not None})
+
+    handle = register_optimizer_step_post_hook(record)
+    try:
+        yield steps
+    finally:
+        handle.remove()
+
+
+def named(step: Mapping[nn.Parameter, Tensor], model: nn.Module) -> Gradients:
+    """What was recorded of a step, by canonical name."""
+    return {name: step[p] for name, p in named_parameters(model).items() if p in step}
+
+
+def move(model: nn.Module, by: float = 0.05) -> None:
+    """Take trainable parameters away from where they are, as training does."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
+
+
+def written_out(ewc: EWC, model: nn.Module) -> Tensor:
+    """The penalty but for its constant, by plain operations on what is known."""
+    total = torch.zeros(())
+    for name, fisher in ewc.fisher.items():
+        total = total + (fisher * (find(unwrap(model), name) - ewc.anchor[name]) ** 2).sum()
+    return 0.5 * ewc.strength * total
+
+
+def gradients(model: nn.Module, value: Tensor) -> Gradients:
+    """By plain autograd, of the trainable parameters."""
+    trainable = trained(model)
+    found = torch.autograd.grad(value, list(trainable.values()), materialize_grads=True)
+    return dict(zip(trainable, found, strict=True))
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters, by canonical name."""
+    return {n: p for n, p in named_parameters(model).items() if p.requires_grad}
+
+
+def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+class Contract(ABC):
+    """What a recipe promises."""
+
+    page: str
+
+    def ready(self, space: SimpleNamespace) -> SimpleNamespace:
+        """Give the namespace of the page a `model` and an `ewc`, where it has none."""
+        return space
+
+    def learned(self) -> SimpleNamespace:
+        """The page after it has learned its tasks, and trained on."""
+        space = self.ready(recipe(self.page))
+        move(space.model)
+        return space
+
+    @abstractmethod
+    def step(self, space: SimpleNamespace, folder: Path, accumulate: int) -> None:
+        """One step of the library's on 8 samples, in `accumulate` batches."""
+
+    @abstractmethod
+    def loss(self, space: SimpleNamespace) -> Tensor:
+        """The mean loss of these 8 samples, by a plain forward in train mode."""
+
+    @abstractmethod
+    def save_between(self, space: SimpleNamespace, folder: Path) -> None:
+        """Two steps, and between them what the library's own checkpoint is, in `folder`."""
+
+    @abstractmethod
+    def resume(self, space: SimpleNamespace, folder: Path) -> SimpleNamespace:
+        """Load that checkpoint, and do the second step. Returns what the step was done with."""
+
+    @abstractmethod
+    def evaluate(self, space: SimpleNamespace, folder: Path) -> float:
+        """What the library reports as the loss of the 8 samples in evaluation."""
+
+    @pytest.mark.parametrize("accumulate", [1, 4])
+    def test_the_penalty_counts_once_for_each_step(self, tmp_path: Path, accumulate: int) -> None:
+        space = self.learned()
+        space.model.train()
+        loss = gradients(space.model, self.loss(space))
+        penalty = gradients(space.model, written_out(space.ewc, space.model))
+        norms = [torch.stack([g.norm() for g in each.values()]).norm() for each in (loss, penalty)]
+        assert norms[1] > 0.1 * norms[0]  # else what follows would show little
+        with recorded() as steps:
+            self.step(space, tmp_path, accumulate)
+        (step,) = steps
+        assert_close(named(step, space.model), {name: loss[name] + penalty[name] for name in loss})
+
+    def test_a_checkpoint_resumes_to_the_same_numbers(self, tmp_path: Path) -> None:
+        whole = self.learned()
+        with recorded() as steps:
+            self.save_between(whole, tmp_path)
+        fresh = self.ready(recipe(self.page, seed=1, loop=False))
+        assert fresh.ewc.n_tasks == 0
+        with recorded() as resumed:
+            fresh = self.resume(fresh, tmp_path)
+        _, second = steps
+        (again,) = resumed
+        assert same(named(again, fresh.model), named(second, whole.model))
+        assert fresh.ewc.n_tasks == whole.ewc.n_tasks > 0
+        assert same(fresh.ewc.fisher, whole.ewc.fisher)
+        assert same(fresh.ewc.anchor, whole.ewc.anchor)
+        assert same(trained(fresh.model), trained(whole.model))
+        assert whole.ewc() > 0
+        assert torch.equal(fresh.ewc(), whole.ewc())
+        assert same(gradients(fresh.model, fresh.ewc()), gradients(whole.model, whole.ewc()))
+
+    def test_evaluation_is_not_penalised(self, tmp_path: Path) -> None:
+        space = self.learned()
+        space.ewc.strength = 1e6
+        assert space.ewc() > 1
+        space.model.eval()
+        with torch.no_grad():
+            expected = self.loss(space)
+        torch.testing.assert_close(
+            self.evaluate(space, tmp_path), float(expected), rtol=1e-5, atol=0
+        )

@@ -1,0 +1,67 @@
+"""The recipe for Fabric."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from ewc import EWC, Classification
+from tests._tasks import same
+from tests.integrations.recipes import Contract, recipe
+
+pytest.importorskip("lightning")
+
+
+def loader(space: SimpleNamespace, batch_size: int) -> DataLoader:
+    """The first 8 samples of the first task."""
+    return space.fabric.setup_dataloaders(
+        DataLoader(Subset(space.tasks[0], range(8)), batch_size=batch_size)
+    )
+
+
+class TestFabric(Contract):
+    page = "fabric"
+
+    def step(self, space: SimpleNamespace, folder: Path, accumulate: int) -> None:
+        space.train(loader(space, 8 // accumulate), accumulate)
+
+    def loss(self, space: SimpleNamespace) -> Tensor:
+        ((x, y),) = loader(space, 8)
+        return F.cross_entropy(space.model(x), y)
+
+    def save_between(self, space: SimpleNamespace, folder: Path) -> None:
+        self.step(space, folder, 2)
+        space.save(folder / "checkpoint.pt")
+        self.step(space, folder, 2)
+
+    def resume(self, space: SimpleNamespace, folder: Path) -> SimpleNamespace:
+        space.resume(folder / "checkpoint.pt")
+        self.step(space, folder, 2)
+        return space
+
+    def evaluate(self, space: SimpleNamespace, folder: Path) -> float:
+        return float(space.evaluate(loader(space, 3)))
+
+
+def test_the_wrapped_model_and_the_plain_one_give_the_same_state() -> None:
+    space = recipe("fabric")
+    plain = EWC(space.plain, Classification())
+    wrapped = EWC(space.model, Classification())
+    plain.consolidate(DataLoader(space.tasks[0], batch_size=16))
+    wrapped.consolidate(loader := space.fabric.setup_dataloaders(DataLoader(space.tasks[0])))
+    assert len(loader) == 16
+    assert list(wrapped.fisher) == list(dict(space.plain.named_parameters()))
+    assert same(wrapped.anchor, plain.anchor)
+    for name, fisher in plain.fisher.items():
+        torch.testing.assert_close(wrapped.fisher[name], fisher)
+
+
+def test_the_file_is_read_with_weights_only(tmp_path: Path) -> None:
+    space = recipe("fabric")
+    space.save(tmp_path / "checkpoint.pt")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["ewc"]["n_tasks"] == 2

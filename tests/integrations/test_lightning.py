@@ -1,0 +1,97 @@
+"""The recipe for Lightning."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from ewc import EWC, Classification
+from tests._tasks import same
+from tests.integrations.recipes import Contract, assert_close, move, recipe
+
+L = pytest.importorskip("lightning")
+
+pytestmark = [
+    # Advice on workers, and on steps that these small loaders do not have.
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    # What Lightning uses of torch.
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+
+
+def loader(space: SimpleNamespace, batch_size: int) -> DataLoader:
+    """The first 8 samples of the first task."""
+    return DataLoader(Subset(space.tasks[0].dataset, range(8)), batch_size=batch_size)
+
+
+def trainer(space: SimpleNamespace, *callbacks: Any, **options: Any) -> Any:
+    return L.Trainer(**space.quiet | {"callbacks": list(callbacks)} | options)
+
+
+class TestLightning(Contract):
+    page = "lightning"
+
+    def ready(self, space: SimpleNamespace) -> SimpleNamespace:
+        space.model, space.ewc = space.module.net, space.module.ewc
+        return space
+
+    def step(self, space: SimpleNamespace, folder: Path, accumulate: int) -> None:
+        fit = trainer(space, max_steps=1, accumulate_grad_batches=accumulate)
+        fit.fit(space.module, loader(space, 8 // accumulate))
+
+    def loss(self, space: SimpleNamespace) -> Tensor:
+        ((x, y),) = loader(space, 8)
+        return F.cross_entropy(space.model(x), y)
+
+    def save_between(self, space: SimpleNamespace, folder: Path) -> None:
+        self.two_epochs(space, folder).fit(space.module, loader(space, 8))
+
+    def resume(self, space: SimpleNamespace, folder: Path) -> SimpleNamespace:
+        path = folder / "epoch=0.ckpt"
+        fit = self.two_epochs(space, folder)
+        fit.fit(space.module, loader(space, 8), ckpt_path=path, weights_only=True)
+        return space
+
+    def two_epochs(self, space: SimpleNamespace, folder: Path) -> Any:
+        # Of one step each: a plain loader begins anew where Lightning resumes inside an epoch.
+        checkpoints = L.pytorch.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+        return trainer(
+            space, space.consolidate, checkpoints, max_epochs=2, enable_checkpointing=True
+        )
+
+    def evaluate(self, space: SimpleNamespace, folder: Path) -> float:
+        (metrics,) = trainer(space).validate(space.module, loader(space, 4), verbose=False)
+        return metrics["val_loss"]
+
+
+def test_the_next_task_begins_from_the_file(tmp_path: Path) -> None:
+    space = recipe("lightning")
+    space.save(tmp_path / "after.ckpt")
+    move(space.module.net)
+    fresh = recipe("lightning", seed=1, loop=False)
+    fresh.begin_next_task(tmp_path / "after.ckpt")
+    assert fresh.module.ewc.n_tasks == 2
+    assert same(fresh.module.ewc.anchor, space.module.ewc.anchor)
+    move(fresh.module.net)
+    assert torch.equal(fresh.module.ewc(), space.module.ewc())
+
+
+def test_distributed_data_parallel_on_one_process() -> None:
+    space = recipe("lightning", loop=False)
+    expected = EWC(space.module.net, Classification())
+    try:
+        for loader in space.tasks:
+            fit = trainer(space, space.consolidate, max_epochs=1, strategy="ddp")
+            fit.fit(space.module, loader)
+            expected.consolidate(loader)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert space.module.ewc.n_tasks == 2
+    assert_close(space.module.ewc.anchor, expected.anchor)
+    assert_close(space.module.ewc.fisher, expected.fisher)
