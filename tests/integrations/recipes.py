@@ -5,12 +5,12 @@ for all of them; what differs is how each library is asked to train, to save and
 """
 
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ LOOP = re.compile(r"^for .*tasks", re.MULTILINE)  # begins the block that learns
 Gradients = dict[str, Tensor]
 
 
-def recipe(name: str, *, seed: int = 0, loop: bool = True) -> SimpleNamespace:
-    """Run the code of a page, and return what it has defined.
+def recipe(name: str, *, seed: int = 0, loop: bool = True) -> ModuleType:
+    """Run the code of a page as a module, which can be imported, and pickled from.
 
     Args:
         name: Of the page.
@@ -39,12 +39,12 @@ def recipe(name: str, *, seed: int = 0, loop: bool = True) -> SimpleNamespace:
             process that has learned nothing yet.
     """
     page = RECIPES / f"{name}.md"
-    space: dict[str, Any] = {"__name__": f"recipe_{name}"}
+    module = sys.modules[f"recipe_{name}"] = ModuleType(f"recipe_{name}")
     torch.manual_seed(seed)
     for line, code in blocks(page.read_text(encoding="utf-8")):
         if loop or LOOP.search(code) is None:
-            exec(compile("\n" * line + code, str(page), "exec"), space)
-    return SimpleNamespace(**space)
+            exec(compile("\n" * line + code, str(page), "exec"), module.__dict__)
+    return module
 
 
 @contextmanager
@@ -111,34 +111,34 @@ class Contract(ABC):
 
     page: str
 
-    def ready(self, space: SimpleNamespace) -> SimpleNamespace:
+    def ready(self, space: ModuleType) -> ModuleType:
         """Give the namespace of the page a `model` and an `ewc`, where it has none."""
         return space
 
-    def learned(self) -> SimpleNamespace:
+    def learned(self) -> ModuleType:
         """The page after it has learned its tasks, and trained on."""
         space = self.ready(recipe(self.page))
         move(space.model)
         return space
 
     @abstractmethod
-    def step(self, space: SimpleNamespace, folder: Path, accumulate: int) -> None:
+    def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         """One step of the library's on 8 samples, in `accumulate` batches."""
 
     @abstractmethod
-    def loss(self, space: SimpleNamespace) -> Tensor:
+    def loss(self, space: ModuleType) -> Tensor:
         """The mean loss of these 8 samples, by a plain forward in train mode."""
 
     @abstractmethod
-    def save_between(self, space: SimpleNamespace, folder: Path) -> None:
+    def save_between(self, space: ModuleType, folder: Path) -> None:
         """Two steps, and between them what the library's own checkpoint is, in `folder`."""
 
     @abstractmethod
-    def resume(self, space: SimpleNamespace, folder: Path) -> SimpleNamespace:
+    def resume(self, space: ModuleType, folder: Path) -> ModuleType:
         """Load that checkpoint, and do the second step. Returns what the step was done with."""
 
     @abstractmethod
-    def evaluate(self, space: SimpleNamespace, folder: Path) -> float:
+    def evaluate(self, space: ModuleType, folder: Path) -> float:
         """What the library reports as the loss of the 8 samples in evaluation."""
 
     @pytest.mark.parametrize("accumulate", [1, 4])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def _no_shared_state() -> Iterator[None]:
     accelerate.state.GradientState._reset_state()
 
 
-def loader(space: SimpleNamespace, batch_size: int) -> DataLoader:
+def loader(space: ModuleType, batch_size: int) -> DataLoader:
     """The first 8 samples of the first task."""
     return space.accelerator.prepare(
         DataLoader(Subset(space.tasks[0], range(8)), batch_size=batch_size)
@@ -35,25 +35,25 @@ def loader(space: SimpleNamespace, batch_size: int) -> DataLoader:
 class TestAccelerate(Contract):
     page = "accelerate"
 
-    def step(self, space: SimpleNamespace, folder: Path, accumulate: int) -> None:
+    def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         space.accelerator.gradient_accumulation_steps = accumulate
         space.train(loader(space, 8 // accumulate))
 
-    def loss(self, space: SimpleNamespace) -> Tensor:
+    def loss(self, space: ModuleType) -> Tensor:
         ((x, y),) = loader(space, 8)
         return F.cross_entropy(space.model(x), y)
 
-    def save_between(self, space: SimpleNamespace, folder: Path) -> None:
+    def save_between(self, space: ModuleType, folder: Path) -> None:
         self.step(space, folder, 2)
         space.save(folder / "checkpoint")
         self.step(space, folder, 2)
 
-    def resume(self, space: SimpleNamespace, folder: Path) -> SimpleNamespace:
+    def resume(self, space: ModuleType, folder: Path) -> ModuleType:
         space.resume(folder / "checkpoint")
         self.step(space, folder, 2)
         return space
 
-    def evaluate(self, space: SimpleNamespace, folder: Path) -> float:
+    def evaluate(self, space: ModuleType, folder: Path) -> float:
         return float(space.evaluate(loader(space, 3)))
 
 

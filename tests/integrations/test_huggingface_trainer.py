@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,7 +38,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def tokens(space: SimpleNamespace, rows: list[Row]) -> tuple[Tensor, Tensor]:
+def tokens(space: ModuleType, rows: list[Row]) -> tuple[Tensor, Tensor]:
     """Logits and their targets, of all positions that count."""
     batch = space.collator(rows)
     logits = space.model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits
@@ -50,7 +50,7 @@ def tokens(space: SimpleNamespace, rows: list[Row]) -> tuple[Tensor, Tensor]:
 class TestTrainer(Contract):
     page = "huggingface-trainer"
 
-    def step(self, space: SimpleNamespace, folder: Path, accumulate: int) -> None:
+    def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         trainer = space.make_trainer(
             space.tasks[0][:8],
             "step",
@@ -60,22 +60,22 @@ class TestTrainer(Contract):
         )
         trainer.train()
 
-    def loss(self, space: SimpleNamespace) -> Tensor:
+    def loss(self, space: ModuleType) -> Tensor:
         return F.cross_entropy(*tokens(space, space.tasks[0][:8]))
 
-    def save_between(self, space: SimpleNamespace, folder: Path) -> None:
+    def save_between(self, space: ModuleType, folder: Path) -> None:
         self.two_steps(space).train()
 
-    def resume(self, space: SimpleNamespace, folder: Path) -> SimpleNamespace:
+    def resume(self, space: ModuleType, folder: Path) -> ModuleType:
         self.two_steps(space).train(resume_from_checkpoint="two-steps/checkpoint-1")
         return space
 
-    def two_steps(self, space: SimpleNamespace) -> Any:
+    def two_steps(self, space: ModuleType) -> Any:
         return space.make_trainer(
             space.tasks[0], "two-steps", gradient_accumulation_steps=2, save_steps=1, max_steps=2
         )
 
-    def evaluate(self, space: SimpleNamespace, folder: Path) -> float:
+    def evaluate(self, space: ModuleType, folder: Path) -> float:
         trainer = space.make_trainer(space.tasks[0], "evaluation", per_device_eval_batch_size=8)
         return trainer.evaluate(space.tasks[0][:8])["eval_loss"]
 
@@ -84,12 +84,11 @@ class TestTrainer(Contract):
         assert {"ewc.pt", "config.json"} < set(os.listdir("task-1/learned"))
         move(space.model)
         fresh = recipe(self.page, seed=1, loop=False)
-        scope = fresh.begin_next_task.__globals__
         fresh.begin_next_task("task-1/learned")
-        assert scope["ewc"].n_tasks == 2
-        assert same(scope["ewc"].fisher, space.ewc.fisher)
-        move(scope["model"])
-        assert torch.equal(scope["ewc"](), space.ewc())
+        assert fresh.ewc.n_tasks == 2
+        assert same(fresh.ewc.fisher, space.ewc.fisher)
+        move(fresh.model)
+        assert torch.equal(fresh.ewc(), space.ewc())
 
     def test_the_last_checkpoint_is_found_as_the_trainer_finds_it(self) -> None:
         space = self.learned()

@@ -1,7 +1,7 @@
 """The recipe for Lightning."""
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,47 +25,47 @@ pytestmark = [
 ]
 
 
-def loader(space: SimpleNamespace, batch_size: int) -> DataLoader:
+def loader(space: ModuleType, batch_size: int) -> DataLoader:
     """The first 8 samples of the first task."""
     return DataLoader(Subset(space.tasks[0].dataset, range(8)), batch_size=batch_size)
 
 
-def trainer(space: SimpleNamespace, *callbacks: Any, **options: Any) -> Any:
+def trainer(space: ModuleType, *callbacks: Any, **options: Any) -> Any:
     return L.Trainer(**space.quiet | {"callbacks": list(callbacks)} | options)
 
 
 class TestLightning(Contract):
     page = "lightning"
 
-    def ready(self, space: SimpleNamespace) -> SimpleNamespace:
+    def ready(self, space: ModuleType) -> ModuleType:
         space.model, space.ewc = space.module.net, space.module.ewc
         return space
 
-    def step(self, space: SimpleNamespace, folder: Path, accumulate: int) -> None:
+    def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         fit = trainer(space, max_steps=1, accumulate_grad_batches=accumulate)
         fit.fit(space.module, loader(space, 8 // accumulate))
 
-    def loss(self, space: SimpleNamespace) -> Tensor:
+    def loss(self, space: ModuleType) -> Tensor:
         ((x, y),) = loader(space, 8)
         return F.cross_entropy(space.model(x), y)
 
-    def save_between(self, space: SimpleNamespace, folder: Path) -> None:
+    def save_between(self, space: ModuleType, folder: Path) -> None:
         self.two_epochs(space, folder).fit(space.module, loader(space, 8))
 
-    def resume(self, space: SimpleNamespace, folder: Path) -> SimpleNamespace:
+    def resume(self, space: ModuleType, folder: Path) -> ModuleType:
         path = folder / "epoch=0.ckpt"
         fit = self.two_epochs(space, folder)
         fit.fit(space.module, loader(space, 8), ckpt_path=path, weights_only=True)
         return space
 
-    def two_epochs(self, space: SimpleNamespace, folder: Path) -> Any:
+    def two_epochs(self, space: ModuleType, folder: Path) -> Any:
         # Of one step each: a plain loader begins anew where Lightning resumes inside an epoch.
         checkpoints = L.pytorch.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
         return trainer(
             space, space.consolidate, checkpoints, max_epochs=2, enable_checkpointing=True
         )
 
-    def evaluate(self, space: SimpleNamespace, folder: Path) -> float:
+    def evaluate(self, space: ModuleType, folder: Path) -> float:
         (metrics,) = trainer(space).validate(space.module, loader(space, 4), verbose=False)
         return metrics["val_loss"]
 

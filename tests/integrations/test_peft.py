@@ -1,7 +1,7 @@
 """The recipe for PEFT, and a PEFT model in the Trainer."""
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,13 +27,13 @@ pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
 
-def batches(space: SimpleNamespace, size: int) -> list[dict[str, Tensor]]:
+def batches(space: ModuleType, size: int) -> list[dict[str, Tensor]]:
     """The first 8 samples of the first task."""
     ids = torch.cat([batch["input_ids"] for batch in space.tasks[0]])[:8]
     return [{"input_ids": part, "labels": part} for part in ids.split(size)]
 
 
-def plain_loss(space: SimpleNamespace) -> Tensor:
+def plain_loss(space: ModuleType) -> Tensor:
     (batch,) = batches(space, 8)
     logits = space.model(input_ids=batch["input_ids"]).logits[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
@@ -42,29 +42,23 @@ def plain_loss(space: SimpleNamespace) -> Tensor:
 class TestPEFT(Contract):
     page = "peft"
 
-    def ready(self, space: SimpleNamespace) -> SimpleNamespace:
-        scope = space.train.__globals__  # where `resume` makes them anew
-        space.model, space.ewc = scope["model"], scope["ewc"]
-        return space
-
-    def step(self, space: SimpleNamespace, folder: Path, accumulate: int) -> None:
+    def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         space.train(batches(space, 8 // accumulate), accumulate)
 
-    def loss(self, space: SimpleNamespace) -> Tensor:
+    def loss(self, space: ModuleType) -> Tensor:
         return plain_loss(space)
 
-    def save_between(self, space: SimpleNamespace, folder: Path) -> None:
+    def save_between(self, space: ModuleType, folder: Path) -> None:
         self.step(space, folder, 2)
         space.save(folder / "adapter")
         self.step(space, folder, 2)
 
-    def resume(self, space: SimpleNamespace, folder: Path) -> SimpleNamespace:
+    def resume(self, space: ModuleType, folder: Path) -> ModuleType:
         space.resume(folder / "adapter")
-        space = self.ready(space)
         self.step(space, folder, 2)
         return space
 
-    def evaluate(self, space: SimpleNamespace, folder: Path) -> float:
+    def evaluate(self, space: ModuleType, folder: Path) -> float:
         return float(space.evaluate(batches(space, 4)))
 
 

@@ -1,0 +1,76 @@
+"""The recipe for Avalanche."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tests.integrations.recipes import Contract
+
+
+def import_torchvision() -> None:
+    """Import it also where its operators were compiled for another build of torch.
+
+    Avalanche needs torchvision's data sets and models, and nothing here needs its operators; but
+    without them (a build of torch for the CPU alone) its import fails.
+    """
+    while True:
+        try:
+            import torchvision  # noqa: F401
+        except RuntimeError as error:
+            missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            torch.library.define(missing[1], "() -> ()")
+        else:
+            return
+
+
+if importlib.util.find_spec("avalanche") is None:
+    pytest.skip("avalanche is not installed", allow_module_level=True)
+import_torchvision()
+avalanche = pytest.importorskip("avalanche")
+pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
+
+
+def experience(space: ModuleType) -> object:
+    """The first 8 samples of the first task."""
+    from avalanche.benchmarks import benchmark_from_datasets
+
+    (one,) = benchmark_from_datasets(train=[space.tasks[0].dataset.subset(range(8))]).train_stream
+    return one
+
+
+class TestAvalanche(Contract):
+    page = "avalanche"
+
+    def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
+        if accumulate > 1:
+            pytest.skip("Avalanche makes one step for each mini-batch")
+        space.strategy.train_mb_size = 8
+        space.strategy.train(experience(space))
+
+    def loss(self, space: ModuleType) -> Tensor:
+        ((x, y, *_),) = DataLoader(experience(space).dataset, batch_size=8)
+        return F.cross_entropy(space.model(x), y)
+
+    def save_between(self, space: ModuleType, folder: Path) -> None:
+        self.step(space, folder, 1)
+        space.save(folder / "checkpoint.pt")
+        self.step(space, folder, 1)
+
+    def resume(self, space: ModuleType, folder: Path) -> ModuleType:
+        space.resume(folder / "checkpoint.pt")
+        self.step(space, folder, 1)
+        return space
+
+    def evaluate(self, space: ModuleType, folder: Path) -> float:
+        metrics = space.strategy.eval(experience(space))
+        (loss,) = [value for name, value in metrics.items() if name.endswith("Exp000")]
+        return loss
