@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ewc._distributed import leads, maximum, summed, total
+from ewc._distributed import leads, summed
 from ewc._parameters import Live, check_materialised, find, is_parametrized
 from ewc._penalty import Penalty, expression
 from ewc._quadratic import Quadratic, covered, fits
 from ewc._sharding import Groups, is_sharded, local, summed_over
 from ewc._state import State
-from ewc._summary import Summary
+from ewc._summary import Summary, measure
 from ewc.fisher import Squares
 
 # The curvature that the penalty has for a parameter: of its name and what is known of it.
@@ -66,7 +66,8 @@ class Binding:
             for place, (parameter, anchor) in enumerate(zip(parameters, self._anchors, strict=True))
             if parameter.shape != anchor.shape or is_sharded(parameter)
         ]
-        precisions = [precision(name, known) for name, known in quadratics.items()]
+        self._precisions = {name: precision(name, known) for name, known in quadratics.items()}
+        precisions = list(self._precisions.values())
         constants = [known.constant for known in quadratics.values()]
         members: dict[Groups, list[int]] = {}
         for place, parameter in enumerate(parameters):
@@ -105,17 +106,10 @@ class Binding:
 
     def summary(self, squares: Squares) -> Summary:
         """What there is to say after a consolidation that collected `squares`."""
-        trace, largest = 0.0, 0.0
-        for part in self._parts:
-            for one in part.penalty.precisions:
-                top = one.max() if one.numel() else one.new_zeros(())
-                trace += total(one.sum(), part.groups).item()
-                largest = max(largest, maximum(top, part.groups).item())
         return Summary(
             task=self.state.n_tasks,
             samples=squares.samples,
-            trace=trace,
-            largest=largest,
+            parameters=measure(self._precisions),
             paths=dict(squares.paths),
             reasons=dict(squares.reasons),
         )
