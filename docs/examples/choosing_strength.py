@@ -1,0 +1,161 @@
+"""Choosing `strength`: a sweep, the principled value beside it, and where training turns unstable.
+
+A network learns handwritten digits, and then the same digits with their pixels in another order.
+The second task is learned once for each strength, from the same beginning. Too weak, and the first
+task is forgotten; too strong, and the second is not learned; stronger still, and gradient descent
+on the penalty diverges, at a value that is known beforehand.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from _plot import BLUE, GREY, ORANGE, VERMILION, arguments, new_figure, save
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from ewc import EWC, Classification
+
+LR = 0.1
+STEPS = 400
+# In units of 1 / N, which is what Laplace's approximation says for a mean loss.
+SWEEP = [10 ** (half / 2) for half in range(-2, 10)]
+
+
+class Task(NamedTuple):
+    """The digits with their pixels in some order."""
+
+    x: Tensor  # [samples, 64]
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+class Sweep(NamedTuple):
+    """What came out; accuracies are NaN where training diverged."""
+
+    first: Tensor  # test accuracy on the first task, for each strength
+    second: Tensor  # and on the second
+    limit: float  # the strength from which on gradient descent diverges, in units of 1 / N
+    largest: float  # entry of the Fisher of the first task
+    samples: int  # N, of the second
+
+
+def sweep(seed: int, strengths: list[float] = SWEEP, steps: int = STEPS) -> Sweep:
+    """Learn the first task once, and the second one for each strength."""
+    torch.manual_seed(seed)
+    first, second = permuted_digits(), permuted_digits()
+    n = len(second.x)
+    model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
+    ewc = EWC(model, Classification(), reduction="sum", strength=1 / n)
+    train(model, ewc, first, steps)
+    summary = ewc.consolidate([(first.x, first.y)])
+
+    accuracies = []
+    for strength in strengths:
+        torch.manual_seed(seed)
+        again, its_ewc = copy.deepcopy((model, ewc))  # together: the copy guards the copy
+        its_ewc.strength = strength / n
+        stable = train(again, its_ewc, second, steps)
+        pair = (accuracy(again, first), accuracy(again, second))
+        accuracies.append(pair if stable else (torch.nan, torch.nan))
+    on_first, on_second = torch.tensor(accuracies).T
+    return Sweep(on_first, on_second, n * summary.bound / LR, summary.largest, n)
+
+
+def train(model: nn.Module, ewc: EWC, task: Task, steps: int) -> bool:
+    """Plain gradient descent on the mean loss and the penalty; whether it has stayed finite."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    for _ in range(steps):
+        chosen = torch.randint(len(task.x), (32,))
+        loss = F.cross_entropy(model(task.x[chosen]), task.y[chosen]) + ewc()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return bool(loss.isfinite())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: Task) -> float:
+    """The share of test images that are right."""
+    return float((model(task.x_test).argmax(1) == task.y_test).float().mean())
+
+
+def permuted_digits() -> Task:
+    """Scikit-learn's digits with the pixels in a random order, a fifth of them held out."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    x, order = x[:, torch.randperm(64)], torch.randperm(len(x))
+    return Task(x[order[360:]], y[order[360:]], x[order[:360]], y[order[:360]])
+
+
+def check(found: Sweep, strengths: list[float] = SWEEP) -> None:
+    """What this example claims: the middle remembers, and the limit is where it should be."""
+    strength = torch.tensor(strengths)
+    stable = ~found.first.isnan()
+    assert stable[strength < 0.5 * found.limit].all(), "diverged below the limit"
+    assert not stable[strength > 2 * found.limit].any(), "stable above the limit"
+    average = (found.first + found.second) / 2
+    best, laplace = float(average[stable].max()), float(average[strength == 1])
+    weakest = float(average[0])
+    assert laplace > weakest - 0.03, f"{laplace:.2f} against {weakest:.2f} with hardly any penalty"
+    assert best > weakest + 0.03, f"{best:.2f} against {weakest:.2f} with hardly any penalty"
+
+
+def table(found: Sweep) -> str:
+    """Accuracies against strength."""
+    lines = [f"  strength     first task   second task   average   (N = {found.samples})"]
+    for strength, *pair in zip(SWEEP, found.first, found.second, strict=True):
+        if pair[0].isnan():
+            numbers = "      diverged"
+        else:
+            percents = [100 * float(one) for one in (*pair, sum(pair) / 2)]
+            numbers = "{:14.1f}{:14.1f}{:10.1f}".format(*percents)
+        mark = "   Laplace" if strength == 1 else ""
+        lines.append(f"{strength:8.3g} / N{numbers}{mark}")
+    return "\n".join(lines)
+
+
+def draw(found: Sweep, path: Path) -> None:
+    """Both accuracies and their average against strength."""
+    figure = new_figure(8, 4.2)
+    axis = figure.subplots()
+    average = (found.first + found.second) / 2
+    for label, values, colour, style in (
+        ("first task", found.first, BLUE, "o-"),
+        ("second task", found.second, ORANGE, "s-"),
+        ("average", average, "black", ":"),
+    ):
+        axis.plot(SWEEP, 100 * values, style, color=colour, linewidth=2, label=label)
+    low = 100 * float(average[~average.isnan()].min()) - 15
+    axis.axvline(1, color=GREY, linestyle="--")
+    axis.text(1.1, low + 1, "Laplace: 1 / N", color=GREY)
+    axis.axvspan(found.limit, SWEEP[-1], color=VERMILION, alpha=0.15, lw=0)
+    axis.text(1.15 * found.limit, low + 1, "diverges", color=VERMILION, weight="bold")
+    axis.set(xscale="log", xlim=(SWEEP[0] / 1.2, SWEEP[-1]), ylim=(low, 101))
+    axis.set(xlabel="strength (times N)", ylabel="test accuracy (%)")
+    axis.set_title("After the second task", loc="left", weight="bold")
+    axis.legend(loc="lower left", bbox_to_anchor=(0.35, 1), ncols=3, frameon=False)
+    save(figure, path)
+
+
+def main() -> None:
+    """Sweep, print, draw, and check."""
+    options = arguments(__file__, __doc__)
+    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    found = sweep(options.seed)
+    print(table(found))
+    print(
+        f"The largest entry of the Fisher is {found.largest:.3g}: stable while lr * strength * "
+        f"largest < 2,\nthat is for strength < {found.limit:.0f} / N"
+    )
+    draw(found, options.out)
+    check(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""A hypernetwork: the protected parameters make the weights of another network.
+
+The hypernetwork turns an embedding of the task into all the weights of a main network, which has no
+parameters of its own. Each task is the handwritten digits with their pixels in another order. To
+forget a task is to make other weights from its embedding; EWC protects the hypernetwork.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from _plot import BLUE, VERMILION, arguments, new_figure, save
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ewc import EWC, Classification
+
+TASKS = 3
+STRENGTH = 300.0
+STEPS = 300  # per task
+EVERY = 30  # steps from one test to the next
+
+
+class Task(NamedTuple):
+    """The digits with their pixels in some order."""
+
+    x: Tensor  # [samples, 64]
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+class Hypernetwork(nn.Module):
+    """From the number of a task to the weights of `main`, by name."""
+
+    def __init__(self, main: nn.Module, tasks: int = TASKS, size: int = 16) -> None:
+        super().__init__()
+        self.shapes = {name: one.shape for name, one in main.named_parameters()}
+        self.embeddings = nn.Embedding(tasks, size)
+        self.hidden = nn.Linear(size, 32)
+        self.out = nn.Linear(32, sum(shape.numel() for shape in self.shapes.values()))
+        nn.init.normal_(self.out.weight, std=0.02)
+        with torch.no_grad():  # on average, the main network begins as it would without us
+            self.out.bias.copy_(torch.cat([one.flatten() for one in main.parameters()]))
+
+    def forward(self, task: int) -> dict[str, Tensor]:
+        """The weights for a task."""
+        embedding = self.embeddings(torch.tensor(task))
+        flat = self.out(torch.tanh(self.hidden(embedding)))
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+def run(main: nn.Module, task: int, model: nn.Module, batch: Any) -> Tensor:
+    """The main network's outputs for a batch, with the weights that `model` makes for `task`."""
+    return functional_call(main, model(task), (batch[0],))
+
+
+def learn(tasks: list[Task], strength: float, steps: int = STEPS) -> Tensor:
+    """Learn the tasks one after the other.
+
+    Returns:
+        Test accuracy on each task, every `EVERY` steps: [tests, tasks].
+    """
+    main = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    model = Hypernetwork(main, len(tasks))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    ewc = EWC(model, Classification(), strength=strength)
+    curve = [[test(main, model, *one) for one in enumerate(tasks)]]
+    for t, task in enumerate(tasks):
+        forward = partial(run, main, t)
+        for step in range(1, steps + 1):
+            chosen = torch.randint(len(task.x), (32,))
+            batch = task.x[chosen], task.y[chosen]
+            loss = F.cross_entropy(forward(model, batch), batch[1]) + ewc()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % EVERY == 0:
+                curve.append([test(main, model, *one) for one in enumerate(tasks)])
+        ewc.consolidate([(task.x, task.y)], forward=forward)
+    return torch.tensor(curve)
+
+
+@torch.no_grad()
+def test(main: nn.Module, model: nn.Module, t: int, task: Task) -> float:
+    """The share of test images of task `t` that are right."""
+    guesses = run(main, t, model, (task.x_test,)).argmax(1)
+    return float((guesses == task.y_test).float().mean())
+
+
+def permuted_digits() -> Task:
+    """Scikit-learn's digits with the pixels in a random order, a fifth of them held out."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    x, order = x[:, torch.randperm(64)], torch.randperm(len(x))
+    return Task(x[order[360:]], y[order[360:]], x[order[:360]], y[order[:360]])
+
+
+def compare(seed: int, steps: int = STEPS) -> dict[str, Tensor]:
+    """With and without EWC, from the same data and the same beginning."""
+    results = {}
+    for method, strength in (("fine-tuning", 0.0), ("EWC", STRENGTH)):
+        torch.manual_seed(seed)
+        tasks = [permuted_digits() for _ in range(TASKS)]
+        results[method] = learn(tasks, strength, steps)
+    return results
+
+
+def check(results: dict[str, Tensor]) -> None:
+    """What this example claims: the tasks before the last are remembered better."""
+    plain, ours = (float(results[m][-1, :-1].mean()) for m in ("fine-tuning", "EWC"))
+    assert ours > plain + 0.02, f"EWC keeps {ours:.3f}, fine-tuning {plain:.3f}"
+
+
+def draw(results: dict[str, Tensor], steps: int, path: Path) -> None:
+    """A panel for each task, accuracy against training steps."""
+    tasks = results["EWC"].shape[1]
+    figure = new_figure(9, 1.5 * tasks + 0.6)
+    axes = figure.subplots(tasks, 1, sharex=True, sharey=True)
+    for t, axis in enumerate(axes):
+        axis.axvspan(t * steps, (t + 1) * steps, color="#efefef", lw=0)
+        for method, curve in results.items():
+            x = EVERY * torch.arange(len(curve))
+            colour, style = (BLUE, "-") if method == "EWC" else (VERMILION, "--")
+            begun = x >= t * steps
+            y = 100 * curve[begun, t]
+            axis.plot(x[begun], y, style, color=colour, linewidth=2, label=method)
+        axis.set(xlim=(0, tasks * steps), ylim=(0, 104), yticks=(0, 50, 100))
+        axis.set_ylabel(f"task {t + 1}", weight="bold")
+        axis.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes[0].set_title("Test accuracy (%), from when a task is learned", loc="left", weight="bold")
+    axes[0].legend(loc="lower right", frameon=False)
+    middles = [(t + 0.5) * steps for t in range(tasks)]
+    axes[-1].set_xticks(middles, [f"learning task {t + 1}" for t in range(tasks)])
+    axes[-1].tick_params(axis="x", length=0)
+    save(figure, path)
+
+
+def main() -> None:
+    """Compare, print, draw, and check."""
+    options = arguments(__file__, __doc__)
+    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    results = compare(options.seed)
+    print("Test accuracy after the last task, in percent")
+    print(" " * 12 + "".join(f"{f'task {t + 1}':>8}" for t in range(TASKS)) + " average")
+    for method, curve in results.items():
+        numbers = [*curve[-1].tolist(), float(curve[-1].mean())]
+        print(f"{method:12}" + "".join(f"{100 * number:8.1f}" for number in numbers))
+    draw(results, STEPS, options.out)
+    check(results)
+
+
+if __name__ == "__main__":
+    main()

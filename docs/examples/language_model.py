@@ -1,0 +1,256 @@
+"""A small language model, fine-tuned on one text and then on another, with LoRA and without.
+
+A character-level transformer is pretrained on words in no order. Then it learns to write sentences,
+and after them sums. Plainly fine-tuned, it forgets how to write sentences. EWC protects what is
+trained: all weights, or, with LoRA, only the small matrices beside the frozen ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from _plot import BLUE, VERMILION, arguments, new_figure, save
+from torch import Tensor, nn
+
+from ewc import EWC, Classification, TimeSeries
+
+CONTEXT = 32  # characters
+BATCH = 16
+EVERY = 20  # steps from one test to the next
+STRENGTHS = {"all weights": 300.0, "LoRA": 300.0}
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789+=. \n"
+
+# The texts ----------------------------------------------------------------------------------
+
+ARTICLES = ("a", "the", "one", "every")
+ADJECTIVES = ("old", "red", "small", "happy", "lazy", "green")
+NOUNS = ("cat", "dog", "bird", "king", "tree", "river")
+VERBS = ("sees", "likes", "finds", "follows", "hears")
+
+
+def words(rng: random.Random) -> str:
+    """What the model is pretrained on: words and numbers in no order."""
+    return rng.choice([*ARTICLES, *ADJECTIVES, *NOUNS, *VERBS, str(rng.randrange(100))]) + " "
+
+
+def sentence(rng: random.Random) -> str:
+    """A line such as `the lazy dog sees a red bird.` and its end."""
+    subject, thing = (
+        f"{rng.choice(ARTICLES)} {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}" for _ in range(2)
+    )
+    return f"{subject} {rng.choice(VERBS)} {thing}.\n"
+
+
+def addition(rng: random.Random) -> str:
+    """A line such as `3+4=7`."""
+    a, b = rng.randrange(10), rng.randrange(10)
+    return f"{a}+{b}={a + b}\n"
+
+
+def text(grammar: Callable[[random.Random], str], seed: int, windows: int = 400) -> Tensor:
+    """Windows of a text, as indices of characters: [windows, CONTEXT + 1]."""
+    rng, written = random.Random(seed), ""
+    while len(written) < windows * (CONTEXT + 1):
+        written += grammar(rng)
+    indices = torch.tensor([ALPHABET.index(character) for character in written])
+    return indices[: windows * (CONTEXT + 1)].view(windows, CONTEXT + 1)
+
+
+# The model ----------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Causal attention and a feed-forward network, each beside a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From `[N, S, width]` to `[N, S, width]`."""
+        q, k, v = (
+            one.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for one in self.qkv(self.norm1(x)).chunk(3, -1)
+        )
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.project(seen.transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """Logits of the next character."""
+
+    def __init__(self, width: int = 32, heads: int = 4, blocks: int = 2) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(len(ALPHABET), width)
+        self.positions = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """From `[N, S]` to `[N, S, characters]`."""
+        positions = self.positions(torch.arange(indices.shape[1]))
+        return self.out(self.norm(self.blocks(self.characters(indices) + positions)))
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer, and beside it two small trained matrices (Hu et al., 2021)."""
+
+    def __init__(self, frozen: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.down = nn.Parameter(torch.randn(rank, frozen.in_features) / frozen.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(frozen.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From `[..., in]` to `[..., out]`."""
+        return self.frozen(x) + F.linear(F.linear(x, self.down), self.up)
+
+
+def with_lora(model: nn.Module, rank: int = 8) -> nn.Module:
+    """The model with all its weights frozen and `LoRA` around its blocks' linear layers."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name in ("qkv", "project", "up", "down"):
+            setattr(block, name, LoRA(getattr(block, name), rank))
+    return model
+
+
+# The learning -------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """One way of fine-tuning."""
+
+    curve: Tensor  # [tests, 2]: bits per character on sentences and on sums
+    sample: str  # what the model writes in the end, asked for a sentence
+
+
+def train(
+    model: nn.Module,
+    data: Tensor,
+    steps: int,
+    lr: float,
+    ewc: Callable[[], Tensor | float] = float,
+    test: Callable[[], None] = lambda: None,
+) -> None:
+    """Minimise the mean loss per character and the penalty; `float()` is 0."""
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=lr)
+    for step in range(1, steps + 1):
+        windows = data[torch.randint(len(data), (BATCH,))]
+        logits = model(windows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) + ewc()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % EVERY == 0:
+            test()
+
+
+@torch.no_grad()
+def bits(model: nn.Module, data: Tensor) -> float:
+    """Bits per character on held-out text."""
+    logits = model(data[:, :-1])
+    return float(F.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())) / 0.6931
+
+
+@torch.no_grad()
+def write(model: nn.Module, prompt: str, characters: int = 28) -> str:
+    """What the model makes of a prompt, always the likeliest character."""
+    indices = [ALPHABET.index(character) for character in prompt]
+    while len(indices) < characters:
+        indices.append(int(model(torch.tensor([indices]))[0, -1].argmax()))
+    return "".join(ALPHABET[index] for index in indices)
+
+
+def fine_tune(model: nn.Module, strength: float, steps: int, seed: int) -> Run:
+    """Learn sentences, consolidate, learn sums."""
+    ewc = EWC(model, TimeSeries(Classification(), batch_first=True), strength=strength)
+    held_out = [text(grammar, seed + 1, windows=60) for grammar in (sentence, addition)]
+    curve = [[bits(model, data) for data in held_out]]
+
+    def test() -> None:
+        curve.append([bits(model, data) for data in held_out])
+
+    sentences, sums = text(sentence, seed), text(addition, seed)
+    train(model, sentences, steps, 0.003, ewc, test)
+    # Windows are samples: inputs [N, S], and the characters that follow them, [N, S].
+    ewc.consolidate([(sentences[:, :-1], sentences[:, 1:])])
+    train(model, sums, steps, 0.003, ewc, test)
+    return Run(torch.tensor(curve), write(model, "the old "))
+
+
+def compare(seed: int, steps: int = 100, pretraining: int = 200) -> dict[tuple[str, str], Run]:
+    """With LoRA and without, with EWC and without, all from the same pretrained model."""
+    torch.manual_seed(seed)
+    pretrained = Transformer()
+    train(pretrained, text(words, seed), pretraining, 0.003)
+    results = {}
+    for trained, strength in STRENGTHS.items():
+        for method in ("fine-tuning", "EWC"):
+            torch.manual_seed(seed)
+            model = copy.deepcopy(pretrained)
+            if trained == "LoRA":
+                model = with_lora(model)
+            used = strength if method == "EWC" else 0.0
+            results[trained, method] = fine_tune(model, used, steps, seed)
+    return results
+
+
+def check(results: dict[tuple[str, str], Run]) -> None:
+    """What this example claims: sentences are remembered, and sums learned, in both ways."""
+    for trained in STRENGTHS:
+        plain, ours = (results[trained, method].curve for method in ("fine-tuning", "EWC"))
+        assert ours[-1, 0] < plain[-1, 0] - 0.5, f"{trained}: {ours[-1]} against {plain[-1]}"
+        assert ours[-1, 1] < 0.7 * ours[0, 1], f"{trained}: sums are not learned, {ours[:, 1]}"
+
+
+def draw(results: dict[tuple[str, str], Run], path: Path) -> None:
+    """A column for each way of training, a row for each text."""
+    figure = new_figure(9.5, 5)
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    for (trained, method), run in results.items():
+        column = list(STRENGTHS).index(trained)
+        colour, style = (BLUE, "-") if method == "EWC" else (VERMILION, "--")
+        x = EVERY * torch.arange(len(run.curve))
+        for row, axis in enumerate(axes[:, column]):
+            axis.plot(x, run.curve[:, row], style, color=colour, linewidth=2, label=method)
+    half = float(x[-1]) / 2
+    for row, name in enumerate(("sentences", "sums")):
+        axes[row, 0].set_ylabel(f"{name}: bits\nper character")
+        for axis in axes[row]:
+            axis.axvspan(row * half, (row + 1) * half, color="#efefef", lw=0)
+            axis.set(xlim=(0, 2 * half), ylim=(0, None))
+    for column, trained in enumerate(STRENGTHS):
+        axes[0, column].set_title(trained, loc="left", weight="bold")
+        axes[1, column].set_xticks([half / 2, 1.5 * half], ["learning sentences", "learning sums"])
+        axes[1, column].tick_params(axis="x", length=0)
+    axes[0, 0].legend(frameon=False, loc="upper left")
+    save(figure, path)
+
+
+def main() -> None:
+    """Compare, print, draw, and check."""
+    options = arguments(__file__, __doc__)
+    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    results = compare(options.seed)
+    print("Bits per character in the end, and what the model makes of `the old`")
+    print(f"{'trained':14}{'method':14}{'sentences':>10}{'sums':>8}   sample")
+    for (trained, method), run in results.items():
+        sentences, sums = run.curve[-1].tolist()
+        print(f"{trained:14}{method:14}{sentences:10.2f}{sums:8.2f}   {run.sample!r}")
+    draw(results, options.out)
+    check(results)
+
+
+if __name__ == "__main__":
+    main()
