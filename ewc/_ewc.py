@@ -29,7 +29,7 @@ from ewc._parameters import (
 from ewc._penalty import result_dtype
 from ewc._quadratic import Quadratic, snapshot
 from ewc._randomness import Randomness
-from ewc._sharding import is_sharded, local
+from ewc._sharding import has_shards, local
 from ewc._state import State, dump, restore
 from ewc._summary import Summary
 from ewc._validation import choice, number, positive_int
@@ -341,8 +341,7 @@ class EWC:
                 free until the next consolidation.
             NothingProtectedWarning: Instead, where the state protects nothing at all.
         """
-        sharded = any(map(is_sharded, self._model.parameters()))
-        ranks = ranks_of(self._model, self._process_group) if sharded else ALONE
+        ranks = ranks_of(self._model, self._process_group) if has_shards(self._model) else ALONE
         with ranks.all_or_none(), torch.inference_mode(False), torch.no_grad():
             restored = restore(
                 state,

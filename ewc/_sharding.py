@@ -99,6 +99,11 @@ def sharding_states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
             yield module, module._get_fsdp_state()
 
 
+def has_shards(model: nn.Module) -> bool:
+    """Whether parameters of a model are sharded, even if they are held whole for a while."""
+    return any(map(is_sharded, model.parameters())) or any(True for _ in sharding_states(model))
+
+
 def data_mesh(model: nn.Module) -> Any:
     """The mesh that `fully_shard` shards parameters and data over; None if it was not applied."""
     for _, state in sharding_states(model):

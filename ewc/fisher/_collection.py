@@ -12,7 +12,7 @@ from ewc._batches import InvalidBatch
 from ewc._distributed import ALONE, Ranks
 from ewc._guard import Guard
 from ewc._randomness import Randomness
-from ewc._sharding import is_sharded
+from ewc._sharding import has_shards, is_sharded
 from ewc.fisher._eager import without_compilation
 from ewc.fisher._in_step import InStep
 from ewc.fisher._layers import Layers
@@ -86,7 +86,7 @@ def collect(
         sums = {name: _zeros(each) for name, each in parameters.items()}
         stack.enter_context(torch.enable_grad())
         stack.enter_context(without_compilation())
-        if any(map(is_sharded, model.parameters())):
+        if has_shards(model):
             layers = stack.enter_context(Layers(model, parameters, ranks))
             parameters = layers.parameters
         guard = stack.enter_context(Guard(model))

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from ewc import EWC, Classification, OnlineEWC
+from ewc.fisher._layers import Layers
 from tests import oracle
 from tests._asserts import unchanged
 from tests.distributed.workers import Workers
@@ -317,3 +319,80 @@ def test_penalty_in_training(workers: Workers, how: str) -> None:
 
 def test_penalty_in_the_training_of_a_transformer(two: Workers) -> None:
     two.run(penalty_in_training, "attentive", "layers")
+
+
+def one_layer_at_a_time(rank: int, world: int) -> tuple[int, int]:
+    """The most layers that were whole at a time, and the most that had whole sums of squares."""
+    model = build("attentive")
+    for layer in (*model.layers, model.norm):
+        fully_shard(layer)
+    fully_shard(model)
+    ewc = EWC(model, Classification())
+    whole, summing = 0, 0
+    gather, add_up = Layers._gather, Layers._add_up
+
+    def watched(step: Callable[..., None]) -> Callable[..., None]:
+        def run(layers: Layers, layer: Any) -> None:
+            nonlocal whole, summing
+            summing = max(
+                summing,
+                sum(any(w.total is not None for w in one.weights) for one in layers._layers),
+            )
+            step(layers, layer)
+            whole = max(whole, sum(one.gathered for one in layers._layers))
+
+        return run
+
+    watching = patch.multiple(Layers, _gather=watched(gather), _add_up=watched(add_up))
+    with watching:
+        ewc.consolidate([data("attentive", 6)])
+    return whole, summing
+
+
+def test_no_process_holds_more_than_a_layer_whole(two: Workers) -> None:
+    for whole, summing in two.run(one_layer_at_a_time):
+        assert whole == 2  # the layer, and the root around it
+        assert summing <= 2
+
+
+def compiled(rank: int, world: int) -> None:
+    model = build("perceptron")
+    shard(model, "layers")
+    ewc = EWC(model, Classification(), strength=3.0)
+    ewc.consolidate([data("perceptron", 8)])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    ewc().backward()
+    expected = [full(parameter.grad) for parameter in model.parameters()]
+    value = ewc().detach()
+    model.zero_grad()
+    found = torch.compile(lambda: ewc(), backend="aot_eager", fullgraph=True)()
+    found.backward()
+    torch.testing.assert_close(found.detach(), value)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(full(parameter.grad), gradient)
+
+
+def test_row_45_penalty_of_a_sharded_model_compiles(two: Workers) -> None:
+    two.run(compiled)
+
+
+def in_the_middle_of_training(rank: int, world: int) -> None:
+    """The root stays whole between forward and backward; its sharded parameter counts."""
+    model = build("perceptron")
+    fully_shard(model)
+    expected = right(build("perceptron"), data("perceptron", 8))
+    ewc = EWC(model, Classification(), strength=3.0)
+    model(data("perceptron", 8)[0])
+    assert not isinstance(model[0].weight, DTensor)
+    ewc.consolidate([data("perceptron", 8)])
+    assert_whole(ewc.fisher, expected)
+    model(data("perceptron", 8)[0])
+    assert ewc().item() == 0
+    assert list(ewc.fisher) == list(expected)
+    assert all(isinstance(each, DTensor) for each in ewc.state_dict()["fisher"].values())
+
+
+def test_parameters_that_are_whole_for_a_while(two: Workers) -> None:
+    two.run(in_the_middle_of_training)
