@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ewc import _vmap
 from ewc.fisher._parts import CASTS, ELEMENTWISE, VIEWS, Protected, View
 from ewc.fisher.gradients import Gradient
-from ewc.fisher.rules._registry import ALWAYS, REWRITINGS, RULES, NotCovered
+from ewc.fisher.rules._registry import ALWAYS, REWRITINGS, RULES, NotCovered, takes
 
 READING = {
     getattr(torch.Tensor, name)
@@ -35,6 +35,8 @@ READING = {
 """Functions that read values out of a tensor, for a model to branch on."""
 
 _REVERSING = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
+
+_STRIDED = {torch.as_strided, torch.Tensor.as_strided}
 
 
 class Apart(Exception):  # noqa: N818 - it says what is the case, as StopIteration does
@@ -187,6 +189,9 @@ class Interception(TorchFunctionMode):
             # What is watched would take these gradients for those of the terms, and those would
             # not come back through them to the parameters.
             raise RuntimeError("the model differentiates by autograd inside its forward")
+        if func in _STRIDED and self._is_copy(args[0]):
+            # All copies lie in the same memory, and its gradient is shared out among them.
+            raise RuntimeError("the model reads a parameter by as_strided")
         if not (found or func in ALWAYS) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         for view in found:
@@ -197,10 +202,11 @@ class Interception(TorchFunctionMode):
             if outputs is not None:
                 return outputs
         try:
-            if func in REWRITINGS:
+            if func in REWRITINGS and takes(REWRITINGS[func], args, kwargs):
                 with self:
                     return REWRITINGS[func](*args, **kwargs)
-            if func in RULES and _vmap.level() == self.level:
+            ruled = func in RULES and takes(RULES[func], (self, *args), kwargs)
+            if ruled and _vmap.level() == self.level:
                 with _vmap.beneath():
                     outputs = RULES[func](self, *args, **kwargs)
                 return tree_map_only(Tensor, lambda out: _vmap.logical(out, self.level), outputs)
@@ -216,6 +222,11 @@ class Interception(TorchFunctionMode):
             for view in found:
                 self._leave(view)
         return outputs
+
+    def _is_copy(self, tensor: Tensor) -> bool:
+        """Whether it is a copy per sample of a parameter, or a view of one."""
+        inner = _vmap.physical(tensor, self.level)
+        return inner is not None and inner.stride(0) == 0
 
     def _vary(self, arguments: Iterable[Any]) -> bool:
         return any(isinstance(each, Tensor) and self.varies(each) for each in arguments)

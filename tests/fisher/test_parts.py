@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.fisher.test_broadcasting import Applied
+from tests.fisher.test_collection import collected
 from tests.fisher.test_rules import check, noise
 
 Function = Callable[[Tensor], Any]
@@ -97,3 +98,20 @@ ALONE: dict[str, Function] = {
 def test_functions_of_parameters_alone_are_exact(name: str) -> None:
     x = noise(0, 5, 2, 3)
     check(Applied(lambda x, p: x @ ALONE[name](p).mT, (4, 3)), x, path="vmap")
+
+
+def test_a_parameter_read_by_strides_is_exact() -> None:
+    def read(x: Tensor, p: Tensor) -> Tensor:
+        return x @ p.mT + 0.1 * p.as_strided((4,), (2,))
+
+    check(Applied(read, (4, 3)), noise(0, 5, 2, 3), path="loop")
+
+
+def test_an_option_that_a_rule_does_not_know_concerns_one_parameter_alone() -> None:
+    def add(x: Tensor, w: Tensor, p: Tensor) -> Tensor:
+        return (x * w).add_(p, alpha=2)
+
+    net = Applied(add, (3,), (3,))
+    check(net, noise(0, 5, 3), path=None)
+    paths = collected(net, [(noise(0, 5, 3), torch.zeros(5).long())]).paths
+    assert paths == {"values.0": "rule", "values.1": "vmap"}

@@ -8,7 +8,9 @@ There are two kinds:
 - a *rewriting* replaces an operation by simpler ones, which are then looked at in their turn.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -100,3 +102,17 @@ def rewriting(*functions: Callable[..., Any]) -> Callable[[Handler], Handler]:
         return handler
 
     return register
+
+
+def takes(handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a handler knows all the options of a call; another exact path does, if not."""
+    if not kwargs:
+        return True
+    try:
+        _signature(handler).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+_signature = cache(inspect.signature)
