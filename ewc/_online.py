@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ewc._ewc import EWC
 from ewc._parameters import find, named_parameters, nearest
 from ewc._quadratic import Quadratic
+from ewc._sharding import laid_out_as
 from ewc._validation import number
 from ewc._warnings import NothingProtectedWarning
 from ewc.likelihoods import Likelihood
@@ -134,7 +135,7 @@ class OnlineEWC(EWC):
         prior = self._prior[name].to(fisher.device, fisher.dtype)
         if prior.dim() and prior.shape[0] < fisher.shape[0]:
             prior = torch.cat([prior, prior.new_zeros(fisher[prior.shape[0] :].shape)])
-        return fisher + prior
+        return fisher + laid_out_as(prior, fisher)
 
 
 def _checked_priors(priors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

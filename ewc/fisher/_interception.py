@@ -30,7 +30,7 @@ from ewc.fisher.rules._registry import ALWAYS, REWRITINGS, RULES, NotCovered, ta
 
 READING = {
     getattr(torch.Tensor, name)
-    for name in ("__bool__", "__float__", "__index__", "__int__", "item", "tolist")
+    for name in ("__bool__", "__contains__", "__float__", "__index__", "__int__", "item", "tolist")
 }
 """Functions that read values out of a tensor, for a model to branch on."""
 
@@ -178,6 +178,8 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """Perform one call of `func`."""
         kwargs = kwargs or {}
+        if func is torch.Tensor.__contains__:
+            func, args = torch.Tensor.__bool__, ((args[0] == args[1]).any(),)
         if self._copied:
             args, kwargs = self._with_copies(args), self._with_copies(kwargs)
         found = self._found(args)

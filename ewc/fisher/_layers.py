@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class _Weight:
         parameter: The model's own, sharded or not.
         stand_in: What the model runs on: whole while its layer is gathered, else without memory.
         away: What `stand_in` holds then; NaN, so that no use goes unnoticed.
-        places: The entries of modules that hold the parameter.
+        places: The modules that hold the parameter, and the key under which each does.
         name: Its name, if it is collected.
         total: The sum of its squares in this run, whole, once there are any.
     """
@@ -45,12 +46,12 @@ class _Weight:
     parameter: nn.Parameter
     stand_in: nn.Parameter
     away: Tensor
-    places: list[tuple[dict[str, Any], str]]
+    places: list[tuple[nn.Module, str]]
     name: str | None
     total: Tensor | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Layer:
     """Parameters that are gathered together.
 
@@ -122,8 +123,8 @@ class Layers:
                     stack.callback(_put_back, hooks, copy.copy(hooks))
                     for key in [key for key, hook in hooks.items() if _is_parallel(hook)]:
                         del hooks[key]
-            for module, layer in modules:
-                entering, leaving = self._hooks(layer)
+            for (module, layer), casts in modules.items():
+                entering, leaving = self._hooks(layer, casts)
                 stack.callback(
                     module.register_forward_pre_hook(
                         entering, prepend=True, with_kwargs=True
@@ -176,14 +177,18 @@ class Layers:
             for weight in by_name.values():
                 weight.total = None
 
-    def _divide(self) -> list[tuple[nn.Module, _Layer]]:
-        """Divide the model into layers: as `fully_shard` did, else module by module."""
+    def _divide(self) -> dict[tuple[nn.Module, _Layer], bool]:
+        """Divide the model into layers: as `fully_shard` did, else module by module.
+
+        Returns:
+            The modules that need a layer when they are called, and whether they cast for it.
+        """
         names = {module: name for name, module in self._model.named_modules()}
-        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in names:
             for key, parameter in module._parameters.items():
-                places.setdefault(id(parameter), []).append((module._parameters, key))
-        modules: list[tuple[nn.Module, _Layer]] = []
+                places.setdefault(id(parameter), []).append((module, key))
+        modules: dict[tuple[nn.Module, _Layer], bool] = {}
         taken: set[int] = set()
         for module, state in sharding_states(self._model):
             if module is not state._modules[0]:
@@ -197,7 +202,7 @@ class Layers:
                 policy.output_dtype,
             )
             taken.update(map(id, sharded))
-            modules += [(one, layer) for one in state._modules]
+            modules.update(((one, layer), True) for one in state._modules)
             self._layers.append(layer)
         for module, name in names.items():
             own = [p for p in module._parameters.values() if p is not None and is_sharded(p)]
@@ -206,12 +211,15 @@ class Layers:
                 weights = [self._weight(p, places[id(p)], None) for p in own]
                 layer = _Layer(name, weights)
                 taken.update(map(id, own))
-                modules.append((module, layer))
                 self._layers.append(layer)
+        # Checkpointing runs a part of a layer again, past the module that it was gathered for.
+        for layer in self._layers:
+            for module, _ in chain.from_iterable(weight.places for weight in layer.weights):
+                modules.setdefault((module, layer), False)
         return modules
 
     def _weight(
-        self, parameter: nn.Parameter, places: list[tuple[dict[str, Any], str]], dtype: Any
+        self, parameter: nn.Parameter, places: list[tuple[nn.Module, str]], dtype: Any
     ) -> _Weight:
         dtype = parameter.dtype if dtype is None else dtype
         device = parameter.device_mesh.device_type  # type: ignore[attr-defined]
@@ -224,26 +232,26 @@ class Layers:
 
     # Forward.
 
-    def _hooks(self, layer: _Layer) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def _hooks(self, layer: _Layer, casts: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
         def entering(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if not layer.gathered:
                 self._gather(layer)
             if layer.depth == 0:
                 for weight in layer.weights:
-                    for registry, key in weight.places:
-                        registry[key] = weight.stand_in
+                    for holder, key in weight.places:
+                        holder._parameters[key] = weight.stand_in
             layer.depth += 1
-            return _cast((args, kwargs), layer.inputs)
+            return _cast((args, kwargs), layer.inputs if casts else None)
 
         def leaving(module: nn.Module, args: Any, output: Any) -> Any:
             layer.depth -= 1
             if layer.depth == 0:
                 for weight in layer.weights:
-                    for registry, key in weight.places:
-                        registry[key] = weight.parameter
+                    for holder, key in weight.places:
+                        holder._parameters[key] = weight.parameter
                 if layer is not self._current:
                     self._let_go(layer)
-            return _cast(output, layer.outputs)
+            return _cast(output, layer.outputs if casts else None)
 
         return entering, leaving
 

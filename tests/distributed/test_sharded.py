@@ -8,15 +8,17 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ewc import EWC, Classification, OnlineEWC
 from ewc.fisher._layers import Layers
@@ -158,6 +160,67 @@ def test_equals_one_process(two: Workers, name: str, how: str) -> None:
 
 def test_four_equal_one_process(four: Workers) -> None:
     four.run(equals_one_process, "attentive", "layers")
+
+
+class Checkpointing(nn.Module):
+    """Runs a part of the layer that it is itself again in the reverse pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = checkpoint_wrapper(nn.Sequential(nn.Linear(6, 7), nn.Tanh()))
+        self.second = nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        found: Tensor = checkpoint(lambda x: self.second(x).tanh(), x, use_reentrant=False)
+        return found
+
+
+def checkpointed(rank: int, world: int, wrapped: bool) -> None:
+    torch.manual_seed(0)
+    model = Checkpointing()
+    batch = data("perceptron", 8)
+    expected = {
+        name.replace("_checkpoint_wrapped_module.", ""): each
+        for name, each in right(model, batch).items()
+    }
+    if wrapped:
+        fully_shard(model.first)
+    fully_shard(model)
+    ewc = EWC(model, Classification())
+    ewc.consolidate(share(batch, rank, [5, 3]))
+    assert_whole(ewc.fisher, expected)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_row_40_checkpoints(two: Workers, wrapped: bool) -> None:
+    two.run(checkpointed, wrapped)
+
+
+def priors(rank: int, world: int, sharded: bool) -> None:
+    alone, model = build("perceptron"), build("perceptron")
+    batch = data("perceptron", 8)
+    shard(model, "layers")
+    given = {name: torch.rand(p.shape) for name, p in build("perceptron").named_parameters()}
+    parts = {
+        name: distribute_tensor(given[name], p.device_mesh, p.placements)
+        for name, p in model.named_parameters()
+    }
+    group = torch.distributed.new_subgroups(group_size=1)[0]
+    one = OnlineEWC(alone, Classification(), prior_precision=given, process_group=group)
+    many = OnlineEWC(model, Classification(), prior_precision=parts if sharded else given)
+    one.consolidate([batch])
+    many.consolidate(share(batch, rank, [5, 3]))
+    many.load_state_dict(many.state_dict())
+    with torch.no_grad():
+        for parameter in (*alone.parameters(), *model.parameters()):
+            parameter.mul_(1.1)
+    torch.testing.assert_close(many(), one())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_priors_of_tensors(two: Workers, sharded: bool) -> None:
+    two.run(priors, sharded)
 
 
 def with_replicas(rank: int, world: int) -> None:

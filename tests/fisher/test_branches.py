@@ -98,6 +98,23 @@ def test_values_that_nearly_all_differ_go_one_at_a_time() -> None:
     check(Scaled(), torch.randn(1, 4).double(), "rule")
 
 
+def test_whether_a_value_occurs() -> None:
+    class Padded(nn.Module):
+        """Looks for padding, as the models of transformers do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Embedding(5, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            rows = self.rows(tokens)
+            return rows[:, :-1].mean(1) if 0 in tokens[:, [-1, 0]] else rows.sum(1)
+
+    torch.manual_seed(0)
+    check(Padded(), torch.randint(5, (12, 4)), "rule")
+    check(Padded(), torch.randint(1, 5, (12, 4)), "rule")
+
+
 def test_not_a_number_agrees_with_nothing() -> None:
     class Checked(nn.Module):
         def __init__(self) -> None:
