@@ -30,6 +30,12 @@ def work_elements(tensor: Tensor) -> int:
     return budget // tensor.element_size()
 
 
+def alike(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both factors of a product in the wider of their types, which differ under autocast."""
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return left.to(dtype), right.to(dtype)
+
+
 class Gradient(ABC):
     """The gradients of N samples with respect to one parameter (or a view of one).
 
@@ -122,7 +128,8 @@ class Outer(Gradient):
 
     @override
     def per_sample(self, start: int, stop: int) -> Tensor:
-        product = self.left[start:stop].mT @ self.right[start:stop]
+        left, right = alike(self.left[start:stop], self.right[start:stop])
+        product = left.mT @ right
         return product.view(-1, *self.shape)
 
     @override

@@ -352,3 +352,36 @@ def test_row_24_rounding_is_not_taken_for_mixing() -> None:
         EWC(Rough(1.0), Classification()).consolidate([(x.float(), y)])
     with pytest.raises(ValueError, match="mixes"):
         EWC(Rough(0.02), Classification()).consolidate([(x.float(), y)])
+
+
+def test_row_24_autocast_keeps_the_rules() -> None:
+    class Mixed(nn.Module):
+        """Factors of different types: the input in float32, the gradient in bfloat16."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+            self.tied = nn.Parameter(torch.randn(4, 4) / 2)
+            self.stacked = nn.Parameter(torch.randn(4, 4, 3) / 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.grouped(x).mean(3).float() + x[..., 0]
+            x = (x @ self.tied).float() + torch.sin(x) @ self.tied.t()
+            return torch.einsum("nci,cio->no", x, self.stacked)
+
+    def autocast(net: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out: Tensor = net(batch[0])
+            return out
+
+    torch.manual_seed(0)
+    net, inputs, targets = Mixed(), torch.randn(6, 4, 4, 4), torch.randint(3, (6,))
+    found = collected(net, [(inputs, targets)], forward=autocast)
+    assert set(found.paths.values()) == {"rule"}, found.paths
+
+    def losses(net: nn.Module, n: int) -> Tensor:
+        return nll(autocast(net, (inputs[n : n + 1],)).float(), targets[n : n + 1])
+
+    for name, expected in oracle.squares(net, losses, 6).items():
+        error = (found.sums[name].double() - expected).norm() / expected.norm()
+        assert error < 0.05, (name, error)

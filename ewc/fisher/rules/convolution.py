@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from ewc.fisher.gradients import LOOP_PRODUCTS, Gradient, Outer, Total, work_elements
+from ewc.fisher.gradients import LOOP_PRODUCTS, Gradient, Outer, Total, alike, work_elements
 from ewc.fisher.rules._registry import Operation, rule
 
 NARROW = 16
@@ -73,7 +73,7 @@ class Patches(Gradient):
     def per_sample(self, start: int, stop: int) -> Tensor:
         # An image too large to write out is done some rows of positions at a time.
         rows = self._rows(self.out)
-        read, out = self.read[start:stop], self.out[start:stop]
+        read, out = alike(self.read[start:stop], self.out[start:stop])
         product = self._product(read, out, 0, rows)
         for top in range(rows, self._places[0], rows):
             product += self._product(read, out, top, top + rows)

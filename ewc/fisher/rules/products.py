@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ewc.fisher._compositions import Arranged
-from ewc.fisher.gradients import Gradient, Outer, Total
+from ewc.fisher.gradients import Gradient, Outer, Total, alike
 from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
 from ewc.fisher.rules.linear import positions
 
@@ -39,7 +39,8 @@ class Outers(Gradient):
 
     @override
     def per_sample(self, start: int, stop: int) -> Tensor:
-        return self.left[start:stop].mT @ self.right[start:stop]
+        left, right = alike(self.left[start:stop], self.right[start:stop])
+        return left.mT @ right
 
     @override
     def add_squares(self, total: Tensor) -> None:
