@@ -1,0 +1,87 @@
+"""Looking at the Fisher: as a table and as a picture, after two tasks.
+
+A network learns the handwritten digits 0 to 4, and then 5 to 9. Some pixels at the edges are dark
+in every image: nothing depends on their weights, so their Fisher information is 0 and EWC leaves
+them free. The other weights are held, those near the output more than those near the pixels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from _plot import arguments, save
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from ewc import EWC, Classification
+from ewc.plot import plot_fisher
+
+LR = 0.05
+STRENGTH = 10.0
+EPOCHS = 10
+
+
+def learn(tasks: list[TensorDataset], epochs: int = EPOCHS) -> EWC:
+    """Learn the tasks one after the other; print what each consolidation reports."""
+    model = nn.Sequential(
+        OrderedDict(
+            pixels=nn.Linear(64, 50),
+            relu1=nn.ReLU(),
+            hidden=nn.Linear(50, 50),
+            relu2=nn.ReLU(),
+            output=nn.Linear(50, 10),
+        )
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    ewc = EWC(model, Classification(), strength=STRENGTH)
+    for task in tasks:
+        loader = DataLoader(task, batch_size=32, shuffle=True)
+        for _ in range(epochs):
+            for x, y in loader:
+                loss = F.cross_entropy(model(x), y) + ewc()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        summary = ewc.consolidate(tqdm(loader, desc="consolidate"))
+        print(summary)
+        assert LR * STRENGTH < summary.bound, "the next task could not be learned with this step"
+    print("The last one by layer:")
+    print(summary.table(rows=3))
+    return ewc
+
+
+def halves() -> list[TensorDataset]:
+    """Scikit-learn's digits: 0 to 4, and 5 to 9."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
+    return [TensorDataset(x[half], y[half]) for half in (y < 5, y >= 5)]
+
+
+def check(fisher: dict[str, Tensor], x: Tensor) -> None:
+    """What this example claims, of all the images `x` [samples, 64]."""
+    weight = fisher["pixels.weight"]  # [50, 64]
+    dark = (x == 0).all(0)
+    assert dark.any()
+    assert (weight[:, dark] == 0).all(), "the weights of dark pixels must be free"
+    assert (weight[:, ~dark].sum(0) > 0).all(), "those of all other pixels must not"
+    first, last = float(weight.mean()), float(fisher["output.weight"].mean())
+    assert last > 2 * first, f"near the output {last:.2g}, near the pixels {first:.2g}"
+
+
+def main() -> None:
+    """Learn, print, draw, and check."""
+    options = arguments(__file__, __doc__)
+    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.manual_seed(options.seed)
+    tasks = halves()
+    ewc = learn(tasks)
+    save(plot_fisher(ewc), options.out)
+    check(ewc.fisher, torch.cat([task.tensors[0] for task in tasks]))
+
+
+if __name__ == "__main__":
+    main()
