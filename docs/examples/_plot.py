@@ -26,13 +26,15 @@ def arguments(file: str, description: str | None) -> argparse.Namespace:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure, white also on a dark page; sizes in inches."""
+    """An empty figure; sizes in inches."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    return plt.figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    return figure
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the picture and say where it is."""
+    """Write the picture, white also on a dark page, and say where it is."""
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)
     print(f"Picture: {path}")

@@ -48,7 +48,7 @@ def learn(tasks: list[TensorDataset], epochs: int = EPOCHS) -> EWC:
                 optimizer.step()
         summary = ewc.consolidate(tqdm(loader, desc="consolidate"))
         print(summary)
-        assert LR * STRENGTH < summary.bound, "the next task could not be learned with this step"
+        assert summary.bound > LR * STRENGTH, "the next task could not be learned with this step"
     print("The last one by layer:")
     print(summary.table(rows=3))
     return ewc
