@@ -23,6 +23,7 @@ LONGEST = 30
 SAMPLES = 256  # per task
 STEPS = 300  # per task
 STRENGTH = 3.0
+VARIANCE = 0.01  # of what the network leaves open, for the likelihood
 
 # What the waves are functions of: the phase, in turns.
 WAVES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -82,14 +83,14 @@ def learn(
     """
     model = Predictor()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    likelihood = TimeSeries(Regression(variance=0.01), batch_first=True)
+    likelihood = TimeSeries(Regression(variance=VARIANCE), batch_first=True)
     ewc = EWC(model, likelihood, strength=strength)
     rows = []
     for train, _ in tasks:
         for _ in range(steps):
             batch = train.part(torch.randint(SAMPLES, (32,)))
             # The NLL of a value is its squared error by twice the variance.
-            loss = squared_error(model, batch) / (2 * 0.01) + ewc()
+            loss = squared_error(model, batch) / (2 * VARIANCE) + ewc()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
