@@ -1,7 +1,9 @@
 """The examples, in settings so small that they take seconds."""
 
 import importlib.util
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -9,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 for library in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(library)
 
-EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+DOCS = Path(__file__).parent.parent / "docs"
+EXAMPLES = DOCS / "examples"
 
 
 def load(name: str) -> ModuleType:
@@ -21,6 +25,18 @@ def load(name: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)  # as in `python docs/examples/X.py`, for `_plot`
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "picture.png"
+    yield path
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +131,103 @@ class TestPermutedDigits:
         for part in (*digits.METHODS, "average", "Stability", "Laplace", str(picture)):
             assert part in printed
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+class TestGallery:
+    """Each example on little data or in few steps; what it claims it asserts itself, in full."""
+
+    def test_looking_at_the_fisher(
+        self, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        example = load("looking_at_the_fisher")
+        monkeypatch.setattr("sys.argv", ["looking_at_the_fisher.py", f"--out={picture}"])
+        monkeypatch.setattr(example.learn, "__defaults__", (1,))  # epochs
+        threads = torch.get_num_threads()
+        example.main()
+        torch.set_num_threads(threads)
+        printed = capsys.readouterr().out
+        for part in ("Task 1", "Task 2", "output.weight", str(picture)):
+            assert part in printed
+
+    def test_choosing_strength(self, picture: Path) -> None:
+        example = load("choosing_strength")
+        found = example.sweep(0, [1.0, 1e4], steps=60)
+        assert found.first.isnan().tolist() == [False, True]
+        assert 1.0 < found.limit < 1e4
+        assert "Laplace" in example.table(found)
+        example.draw(found, picture)
+
+    def test_split_digits(self, picture: Path) -> None:
+        example = load("split_digits")
+        results = example.compare(0, epochs=2)
+        for accuracy in results.values():
+            assert accuracy.shape == (5, 5)
+            assert accuracy[0, 0] > 0.75
+        example.draw(results, picture)
+
+    def test_functions(self, picture: Path) -> None:
+        example = load("functions")
+        results = example.compare(0, steps=100)
+        first = results["OnlineEWC"][0].deviation
+        seen, unseen = (first[example.inside(example.PIECES[at])].mean() for at in (0, 2))
+        assert unseen > 5 * seen
+        example.draw(results, example.pieces(), picture)
+
+    def test_sequences(self, picture: Path) -> None:
+        example = load("sequences")
+        batch = example.make(example.WAVES["sines"], 20)
+        assert not batch.values[~batch.mask].any()
+        results = example.compare(0, steps=10)
+        example.draw(results, 0, picture)
+
+    def test_language_model(self, picture: Path) -> None:
+        example = load("language_model")
+        steps = 2 * example.EVERY
+        results = example.compare(0, steps, pretraining=40)
+        for trained in example.RATES:
+            plain, ours = (results[trained, method] for method in ("fine-tuning", "EWC"))
+            assert torch.equal(plain[:3], ours[:3])  # up to the first consolidation
+            assert ours[-1, 0] < plain[-1, 0]
+        example.draw(results, picture)
+
+    def test_lora_trains_only_what_is_beside_the_frozen_weights(self) -> None:
+        example = load("language_model")
+        model = example.with_lora(example.Transformer())
+        trained = {name for name, one in model.named_parameters() if one.requires_grad}
+        assert len(trained) == 10
+        assert all(name.rpartition(".")[2] in ("down", "up") for name in trained)
+
+    def test_hypernetwork(self, picture: Path) -> None:
+        example = load("hypernetwork")
+        results = example.compare(0, steps=2 * example.EVERY)
+        for curve in results.values():
+            assert curve.shape == (7, 3)
+            assert curve[-1, -1] > 0.5
+        example.draw(results, 2 * example.EVERY, picture)
+
+    @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it is, for `resume`
+    def test_sharded_on_a_single_process(self, tmp_path: Path) -> None:
+        example = load("sharded")
+        torch.manual_seed(0)
+        tasks = [example.digits(0), example.digits(example.CLASSES)]
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            example.train_and_save(tasks, tmp_path)
+        finally:
+            dist.destroy_process_group()
+        example.resume(tasks, tmp_path)  # asserts its own result
+
+
+class TestGalleryPage:
+    page = (DOCS / "gallery" / "index.md").read_text(encoding="utf-8")
+
+    def test_has_every_example(self) -> None:
+        names = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
+        commands = re.findall(r"^(?:python|torchrun .*) docs/examples/(\w+)\.py", self.page, re.M)
+        assert sorted(set(commands)) == names
+
+    def test_has_pictures_that_exist(self) -> None:
+        pictures = re.findall(r"!\[[^]]+\]\((.+?)\)", self.page)
+        drawn = re.findall(r"--out docs/(images/\S+)$", self.page, re.M)
+        assert pictures == [f"../{path}" for path in drawn]
+        assert [path for path in drawn if not (DOCS / path).is_file()] == []

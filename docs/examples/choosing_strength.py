@@ -38,6 +38,7 @@ class Task(NamedTuple):
 class Sweep(NamedTuple):
     """What came out; accuracies are NaN where training diverged."""
 
+    strengths: list[float]  # in units of 1 / N
     first: Tensor  # test accuracy on the first task, for each strength
     second: Tensor  # and on the second
     limit: float  # the strength from which on gradient descent diverges, in units of 1 / N
@@ -64,7 +65,7 @@ def sweep(seed: int, strengths: list[float] = SWEEP, steps: int = STEPS) -> Swee
         pair = (accuracy(again, first), accuracy(again, second))
         accuracies.append(pair if stable else (torch.nan, torch.nan))
     on_first, on_second = torch.tensor(accuracies).T
-    return Sweep(on_first, on_second, n * summary.bound / LR, summary.largest, n)
+    return Sweep(strengths, on_first, on_second, n * summary.bound / LR, summary.largest, n)
 
 
 def train(model: nn.Module, ewc: EWC, task: Task, steps: int) -> bool:
@@ -93,9 +94,9 @@ def permuted_digits() -> Task:
     return Task(x[order[360:]], y[order[360:]], x[order[:360]], y[order[:360]])
 
 
-def check(found: Sweep, strengths: list[float] = SWEEP) -> None:
+def check(found: Sweep) -> None:
     """What this example claims: the middle remembers, and the limit is where it should be."""
-    strength = torch.tensor(strengths)
+    strength = torch.tensor(found.strengths)
     stable = ~found.first.isnan()
     assert stable[strength < 0.5 * found.limit].all(), "diverged below the limit"
     assert not stable[strength > 2 * found.limit].any(), "stable above the limit"
@@ -109,7 +110,7 @@ def check(found: Sweep, strengths: list[float] = SWEEP) -> None:
 def table(found: Sweep) -> str:
     """Accuracies against strength."""
     lines = [f"  strength     first task   second task   average   (N = {found.samples})"]
-    for strength, *pair in zip(SWEEP, found.first, found.second, strict=True):
+    for strength, *pair in zip(found.strengths, found.first, found.second, strict=True):
         if pair[0].isnan():
             numbers = "      diverged"
         else:
@@ -130,13 +131,14 @@ def draw(found: Sweep, path: Path) -> None:
         ("second task", found.second, ORANGE, "s-"),
         ("average", average, "black", ":"),
     ):
-        axis.plot(SWEEP, 100 * values, style, color=colour, linewidth=2, label=label)
+        axis.plot(found.strengths, 100 * values, style, color=colour, linewidth=2, label=label)
     low = 100 * float(average[~average.isnan()].min()) - 15
     axis.axvline(1, color=GREY, linestyle="--")
     axis.text(1.1, low + 1, "Laplace: 1 / N", color=GREY)
-    axis.axvspan(found.limit, SWEEP[-1], color=VERMILION, alpha=0.15, lw=0)
+    weakest, strongest = found.strengths[0], found.strengths[-1]
+    axis.axvspan(found.limit, strongest, color=VERMILION, alpha=0.15, lw=0)
     axis.text(1.15 * found.limit, low + 1, "diverges", color=VERMILION, weight="bold")
-    axis.set(xscale="log", xlim=(SWEEP[0] / 1.2, SWEEP[-1]), ylim=(low, 101))
+    axis.set(xscale="log", xlim=(weakest / 1.2, strongest), ylim=(low, 101))
     axis.set(xlabel="strength (times N)", ylabel="test accuracy (%)")
     axis.set_title("After the second task", loc="left", weight="bold")
     axis.legend(loc="lower left", bbox_to_anchor=(0.35, 1), ncols=3, frameon=False)

@@ -128,7 +128,7 @@ def draw(results: dict[str, tuple[nn.Module, Tensor]], seed: int, path: Path) ->
     looks = {"fine-tuning": (VERMILION, "--"), "EWC": (BLUE, "-")}
     for shift, (method, (_, errors)) in zip((-0.2, 0.2), results.items(), strict=True):
         places = [family + shift for family in range(len(WAVES))]
-        drawn = bars.bar(places, errors[-1], 0.38, color=looks[method][0], label=method)
+        drawn = bars.bar(places, errors[-1].tolist(), 0.38, color=looks[method][0], label=method)
         bars.bar_label(drawn, fmt="%.2f")
     bars.set_xticks(range(len(WAVES)), WAVES)
     bars.set_ylabel("error of the next value (RMS)")

@@ -105,7 +105,7 @@ def draw(results: dict[str, Tensor], path: Path) -> None:
     for axis, (method, accuracy) in zip(axes, results.items(), strict=True):
         n = len(accuracy)
         learned = accuracy.tril() + torch.full((n, n), torch.nan).triu(1)
-        axis.imshow(100 * learned, cmap="Blues", vmin=50, vmax=115)
+        axis.imshow(100 * learned.numpy(), cmap="Blues", vmin=50, vmax=115)
         for after in range(n):
             for task in range(after + 1):
                 percent = 100 * float(accuracy[after, task])
