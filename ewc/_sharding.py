@@ -124,6 +124,8 @@ def sharded_behind(keeper: nn.Module | None, parameter: nn.Parameter) -> nn.Para
     """
     if keeper is None:
         return parameter
+    if torch.compiler.is_compiling() and is_sharded(parameter):
+        return parameter  # what is kept about a module is in a dictionary that cannot be traced
     state: Any = keeper._get_fsdp_state()  # type: ignore[operator]
     for group in state._fsdp_param_groups:
         for one in group.fsdp_params:
