@@ -163,13 +163,16 @@ def main() -> None:
     options = arguments(__file__, __doc__)
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     results = compare(options.seed)
+    heading = " " * 13 + "".join(f"{f'piece {n}':>9}" for n in range(1, len(PIECES) + 1))
     print("Error on each piece after the last one (root mean square; the noise is 0.1)")
+    print(heading)
     for method, beliefs in results.items():
-        print(f"{method:12}" + "".join(f"{error:8.3f}" for error in errors(beliefs[-1])))
+        print(f"{method:13}" + "".join(f"{error:9.3f}" for error in errors(beliefs[-1])))
     print("Standard deviation of OnlineEWC's output, mean over each piece")
+    print(heading)
     for learned, belief in enumerate(results["OnlineEWC"], start=1):
         deviations = (float(belief.deviation[inside(piece)].mean()) for piece in PIECES)
-        print(f"after {learned:6}" + "".join(f"{one:8.3f}" for one in deviations))
+        print(f"after piece {learned}" + "".join(f"{one:9.3f}" for one in deviations))
     torch.manual_seed(options.seed)
     draw(results, pieces(), options.out)
     check(results)
