@@ -8,7 +8,7 @@ failed says so at the next meeting, whichever that is for the others.
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -77,6 +77,8 @@ class Ranks:
     def all_or_none(self) -> Iterator[None]:
         """What happens inside succeeds on every process, or raises on every one.
 
+        The last thing inside is to be a meeting, at which a late failure elsewhere is heard of.
+
         Raises:
             RuntimeError: Another process has failed, with what it says; or the processes have
                 taken different ways.
@@ -86,7 +88,6 @@ class Ranks:
             return
         try:
             yield
-            self.meet("the end")
         except Parted as parted:
             raise RuntimeError(str(parted)) from None
         except BaseException as error:
@@ -186,11 +187,9 @@ class Ranks:
 
     def _tell(self, error: BaseException) -> None:
         """Let the others know, wherever they meet next. `error` is this process's own."""
-        try:
+        with suppress(Exception):  # the connection may be gone; `error` is what is to be raised
             self._highest([1, 0, 0, 0])
             self._told(error)
-        except Exception:
-            pass
 
     def _told(self, error: BaseException | None) -> str:
         """What failed where, once all know that something did."""
@@ -204,21 +203,21 @@ class Ranks:
 
 def maximum(values: Tensor, groups: Groups) -> Tensor:
     """The largest values over these groups, entry by entry; `values` itself if there are none."""
-    if groups:
-        values = values.clone()
-    for group in groups:
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
-    return values
+    return _reduced(values, groups, dist.ReduceOp.MAX)
 
 
 def total(values: Tensor, groups: Groups) -> Tensor:
     """The sum over these groups, entry by entry; `values` itself if there are none."""
+    return _reduced(values, groups, dist.ReduceOp.SUM)
+
+
+def _reduced(values: Tensor, groups: Groups, by: Any) -> Tensor:
     if not groups:
         return values
     home = values.device
     values = values.to(_reachable(home, groups), copy=True)
     for group in groups:
-        dist.all_reduce(values, group=group)
+        dist.all_reduce(values, by, group=group)
     return values.to(home)
 
 
@@ -263,7 +262,7 @@ def ranks_of(model: nn.Module, process_group: Any) -> Ranks:
         ValueError: The group does not go with the way the parameters are sharded.
     """
     if not dist.is_available() or not dist.is_initialized():
-        return Ranks()
+        return ALONE
     parameters = list(model.parameters())
     device = next((p.device for p in parameters), torch.device("cpu"))
     sharded = [p for p in parameters if is_sharded(p)]

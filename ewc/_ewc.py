@@ -253,8 +253,8 @@ class EWC:
                 with torch.inference_mode(False), torch.no_grad():
                     weight = self._weight(squares, batches, dataset_size, ranks)
                     fisher = {
-                        name: (squares.sums[name] / (squares.samples / weight)).contiguous()
-                        for name in parameters
+                        name: each.div_(squares.samples / weight).contiguous()
+                        for name, each in squares.sums.items()
                     }
                     silent = _silent(fisher, ranks)
                     state = self._merged_state(parameters, fisher, silent, squares.slow)

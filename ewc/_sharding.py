@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Groups = tuple[Any, ...]
-"""Process groups, one for each dimension of a mesh, over which a sum or maximum is taken in turn.
-"""
+"""Process groups, one for each dimension of a mesh: sums are taken over one after the other."""
 
 
 def is_sharded(tensor: object) -> bool:
@@ -90,13 +89,9 @@ def mesh_groups(tensors: Iterable[Tensor]) -> list[Any]:
 
 def sharding_states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """The modules that `fully_shard` was applied to, and what it keeps about each."""
-    home = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(home, "FSDPModule", None)
-    if kind is None:
-        return
     for module in model.modules():
-        if isinstance(module, kind):
-            yield module, module._get_fsdp_state()
+        if is_keeper(module):
+            yield module, module._get_fsdp_state()  # type: ignore[operator]
 
 
 def has_shards(model: nn.Module) -> bool:

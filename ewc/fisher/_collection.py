@@ -1,6 +1,6 @@
 """The Fisher information of a task: one pass over its batches, on one process or several."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -115,20 +115,25 @@ def _together(run: Pass, truncated: bool, ranks: Ranks) -> Squares:
         )
     ranks.add_up(each for each in run.sums.values() if not is_sharded(each))
     found = ranks.gather((run.paths, run.reasons, truncated, run.slow))
-    paths, reasons = {}, {}
-    for name in run.sums:
-        paths[name] = max((paths[name] for paths, _, _, _ in found), key=_PATHS.index)
-        told = [reasons[name] for _, reasons, _, _ in found if name in reasons]
-        if told:
-            reasons[name] = told[0]
+    paths, reasons, cut, slow = zip(*found, strict=True)
     return Squares(
         run.sums,
         samples,
-        any(truncated for _, _, truncated, _ in found),
-        paths,
-        reasons,
-        any(slow for _, _, _, slow in found),
+        any(cut),
+        {name: max((own[name] for own in paths), key=_PATHS.index) for name in run.sums},
+        _first_told(run.sums, reasons),
+        any(slow),
     )
+
+
+def _first_told(names: Iterable[str], reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """For each parameter the reason of the first process that has one."""
+    told: dict[str, str] = {}
+    for name in names:
+        for own in reasons:
+            if name in own:
+                told.setdefault(name, own[name])
+    return told
 
 
 def _zeros(parameter: nn.Parameter) -> Tensor:

@@ -37,7 +37,7 @@ class InStep(Pass):
         self._ranks = ranks
         self._counts = True
         self._trying = True
-        self._early = True
+        self._early = frozenset(layers.stand_ins)
         restore = self._restore
 
         def restore_all() -> None:
@@ -54,6 +54,7 @@ class InStep(Pass):
         if trial is None:
             return self._truncated
         self._try_out(trial)
+        self._layers.assume_finite()  # the samples of the trial come again, where they belong
         self._trying = False
         pieces = self._pieces(read if first is None else chain([first], read))
         piece = next(pieces, None)

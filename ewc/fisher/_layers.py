@@ -111,7 +111,16 @@ class Layers:
         }
         self._layers: list[_Layer] = []
         self.parameters: dict[str, nn.Parameter] = dict(parameters)
-        self.finite = {name: torch.tensor(True) for name in parameters}
+        self.assume_finite()
+
+    @property
+    def stand_ins(self) -> set[str]:
+        """The names of those that something else stands in for."""
+        return self.parameters.keys() - self._unsharded.keys()
+
+    def assume_finite(self) -> None:
+        """Forget which squares were not finite."""
+        self.finite = {name: torch.tensor(True) for name in self._protected}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -274,8 +283,8 @@ class Layers:
     # Reverse.
 
     def _pack(self, tensor: Tensor) -> Any:
-        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
-            return tensor
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return tensor  # a subclass may have no memory of its own
         found = self._storages.get(tensor.untyped_storage()._cdata)
         if found is None:
             return tensor

@@ -53,7 +53,7 @@ class Pass:
         self._forward = forward
         self._fisher_type = fisher_type
         self._restore: Callable[[], None] = guard.restore
-        self._early = False
+        self._early: frozenset[str] = frozenset()
         self._randomness = randomness
         self._devices = {parameter.device for parameter in parameters.values()}
         self._device = next(iter(parameters.values())).device
@@ -133,8 +133,15 @@ class Pass:
 
         What they cannot do, or would get wrong, goes one sample at a time for the whole pass.
         """
+        try:
+            self._compare(batch)
+        finally:
+            for each in self.sums.values():
+                each.zero_()
+
+    def _compare(self, batch: Batch) -> None:
+        """Try the fast paths out; the sums, which are still zero, serve as memory for theirs."""
         expected = {name: torch.zeros_like(each) for name, each in self.sums.items()}
-        found = {name: torch.zeros_like(each) for name, each in self.sums.items()}
         # Drawn targets would be others in each run.
         drawn = self._fisher_type == "mc"
         compared = self._probe if drawn else self._terms
@@ -166,14 +173,13 @@ class Pass:
                         self._reverse(self._record(fast, batch.take(n, n + 1), totals))
 
         try:
-            run(found)
+            run(self.sums)
         except InvalidBatch:
             raise
         except Exception as error:  # whatever vmap refuses; the slow path has just shown it does
-            scratch = {name: torch.zeros_like(each) for name, each in self.sums.items()}
-            self._give_up(error, lambda: run(scratch))
+            self._give_up(error, lambda: run(self.sums))
             return
-        fast.left_out |= dict.fromkeys(self._differing(found, expected), _DIFFERS)
+        fast.left_out |= dict.fromkeys(self._differing(self.sums, expected), _DIFFERS)
         fast.terms, fast.samples_dim = self._terms, self._samples_dim
         self._fast = fast
 
@@ -265,7 +271,8 @@ class Pass:
             return terms(*outputs(raw), 1).squeeze(1)
 
         with self._randomness.stream() as keep, without_cudnn():
-            used = add_singly(batch, parameters, totals, of_one, self._restore, early=self._early)
+            early = self._early & parameters.keys()
+            used = add_singly(batch, parameters, totals, of_one, self._restore, early=early)
             keep()
             return used
 

@@ -1,6 +1,7 @@
 """One sample at a time through plain autograd: always right, and slow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ def add_singly(
     terms: Callable[[Any], Tensor],
     restore: Callable[[], None],
     *,
-    early: bool = False,
+    early: Collection[str] = (),
 ) -> set[str]:
     """Run every sample forward once, and back once for each term; add the squared gradients.
 
@@ -29,8 +30,8 @@ def add_singly(
         totals: For each, where its squares are added.
         terms: `terms(raw) -> [K]`, those of one sample, differentiable.
         restore: Called after each sample, so that the next one starts from the same.
-        early: Take each gradient when it arrives, and hold none of them. This leaves hooks on the
-            parameters, which must be the library's own.
+        early: The names of those whose gradients are squared when they arrive, and not held. It
+            leaves a trace on a parameter to have had a hook: these must be the library's own.
 
     Returns:
         The names of the parameters that a gradient arrived at.
@@ -42,26 +43,29 @@ def add_singly(
     used = set()
     leaves = list(parameters.values())
 
-    def receive(name: str, gradient: Tensor) -> Tensor:
+    def receive(name: str, gradient: Tensor) -> None:
         used.add(name)
         add_square(totals[name], gradient)
-        return gradient.new_zeros(()).expand_as(gradient)
 
-    hooks = [p.register_hook(partial(receive, name)) for name, p in parameters.items() if early]
-    for n in range(batch.size):
-        of_one = terms(batch.take(n, n + 1).raw)
-        if n == 0:
-            _refuse_reentrant(of_one)
-        last = len(of_one) - 1
-        for k, term in enumerate(of_one.unbind(0)):
-            found = torch.autograd.grad(term, leaves, retain_graph=k < last, allow_unused=True)
-            for name, gradient in zip(parameters, found, strict=True):
-                if gradient is not None and not early:
-                    used.add(name)
-                    add_square(totals[name], gradient)
-        restore()
-    for hook in hooks:
-        hook.remove()
+    def receive_early(name: str, gradient: Tensor) -> Tensor:
+        receive(name, gradient)
+        return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
+
+    with ExitStack() as stack:
+        for name in early:
+            hook = parameters[name].register_hook(partial(receive_early, name))
+            stack.callback(hook.remove)
+        for n in range(batch.size):
+            of_one = terms(batch.take(n, n + 1).raw)
+            if n == 0:
+                _refuse_reentrant(of_one)
+            last = len(of_one) - 1
+            for k, term in enumerate(of_one.unbind(0)):
+                found = torch.autograd.grad(term, leaves, retain_graph=k < last, allow_unused=True)
+                for name, gradient in zip(parameters, found, strict=True):
+                    if gradient is not None and name not in early:
+                        receive(name, gradient)
+            restore()
     return used
 
 

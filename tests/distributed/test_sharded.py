@@ -459,3 +459,42 @@ def in_the_middle_of_training(rank: int, world: int) -> None:
 
 def test_parameters_that_are_whole_for_a_while(two: Workers) -> None:
     two.run(in_the_middle_of_training)
+
+
+class Wrapped:
+    """An output that hides its tensor, so that drawn targets cannot be tried out inside vmap."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+
+class Opaque(nn.Sequential):
+    def forward(self, x: Tensor) -> Any:
+        return Wrapped(super().forward(x))
+
+
+class Unwrapping(Classification):
+    def sampled_nll(self, outputs: Any, *rest: Any) -> Tensor:
+        return nll(outputs.inner, rest[0])  # so that the oracle knows what is "drawn"
+
+
+def outputs_that_cannot_be_tried_out(rank: int, world: int) -> None:
+    """Whatever was given up in the middle, no square is counted twice."""
+    model = Opaque(*build("perceptron"))
+    expected = right(nn.Sequential(*model), data("perceptron", 6))
+    for child in model:
+        if isinstance(child, nn.Linear) and child is not model[-1]:
+            fully_shard(child)
+    ewc = EWC(model, Unwrapping(), fisher_type="mc")
+    hooks = model[-1].weight._backward_hooks
+    summary = ewc.consolidate([data("perceptron", 6)])
+    assert set(summary.paths.values()) == {"loop"}
+    for name, each in expected.items():
+        torch.testing.assert_close(full(ewc.fisher[name]).double(), each, rtol=1e-5, atol=1e-10)
+    assert model[-1].weight._backward_hooks is hooks  # it is the user's own: not sharded
+
+
+def test_outputs_that_cannot_be_tried_out(two: Workers) -> None:
+    two.run(outputs_that_cannot_be_tried_out)
