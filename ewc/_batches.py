@@ -1,43 +1,21 @@
-"""What a batch is, how it is cut into samples, and how a model is called on it.
+"""What a batch is, and how it is cut into samples.
 
 The Fisher information is a mean over single samples, while loaders hand over batches of any
-structure. This module is the only one that knows such structures: it finds the tensors in them
-that hold one entry per sample, cuts them, and puts one sample back together as a batch of one, so
-that a user's model, `forward` and likelihood always see a batch as their loader makes it.
+structure: it is taken apart into what holds one entry per sample and what all samples share, cut,
+joined with others, and put together again as a batch of one, so that a user's model, `forward` and
+likelihood always see a batch as their loader makes it.
 """
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import Tensor
 
-from ewc._structures import describe, holds_tensors, is_scalar, rebuild
-
-Forward: TypeAlias = Callable[[nn.Module, Any], Any]
-"""`forward(model, batch) -> outputs`, the whole batch in hand."""
-
-_LABELS = "labels"
-
-_READABLE = (
-    "a batch is a list or tuple (inputs, *rest), a mapping (its 'labels' are the targets) or one "
-    "tensor; in it may be tensors, plain scalars, lists of one object per sample, and lists, "
-    "tuples and mappings of these"
-)
-
-
-class InvalidBatch(ValueError):  # noqa: N818 - it says what is wrong, as Empty or StopIteration do
-    """The data, or what a likelihood makes of them, breaks a rule that the message states."""
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """In the structure of a batch, the place of `Batch._leaves[index]`."""
-
-    index: int
+from ewc._calling import split_inputs
+from ewc._reader import Reader, Slot
+from ewc._structures import is_scalar, rebuild
 
 
 @dataclass(frozen=True)
@@ -73,20 +51,8 @@ class Batch:
             InvalidBatch: The structure cannot be read, the batch has no targets but needs them,
                 nothing in it can be split, or the leaves disagree about the number of samples.
         """
-        if not isinstance(raw, (Tensor, list, tuple, Mapping)) or _is_empty(raw):
-            raise InvalidBatch(
-                f"{_READABLE}; found {describe(raw)}. Mend: let the loader (its collate_fn, or a "
-                "generator around it) yield such a batch, and put the object that the model wants "
-                f"together again in a forward:\n{_forward_to_write(raw)}"
-            )
-        if isinstance(raw, Tensor) and targets_required:
-            raise InvalidBatch(
-                'fisher_type="empirical" needs the targets in the data; found a batch that is one '
-                f"bare tensor, {describe(raw)}. Mend: yield (inputs, targets), or take "
-                'fisher_type="exact" or "mc", which need none.'
-            )
-        reader = _Reader(batch_dim, device)
-        structure = reader.read(raw, "batch", is_batch=True)
+        reader = Reader(batch_dim, device)
+        structure = reader.read(raw, targets_required)
         return cls(reader.agreed_size(raw), structure, tuple(reader.leaves), tuple(reader.dims))
 
     @property
@@ -150,6 +116,34 @@ class Batch:
         )
         return replace(self, size=len(samples), _leaves=leaves)
 
+    def copied(self) -> "Batch":
+        """The same batch in memory of its own: a loader may use its own again for the next."""
+        return replace(
+            self,
+            _leaves=tuple(
+                _copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves
+            ),
+        )
+
+    def joins(self, other: "Batch") -> bool:
+        """Whether two batches can be made one: they are alike but for their samples."""
+        return (
+            self._leaf_dims == other._leaf_dims
+            and all(map(_stack, self._leaves, other._leaves, self._leaf_dims))
+            and _are_alike(self._structure, other._structure)
+        )
+
+    @staticmethod
+    def joined(batches: "Sequence[Batch]") -> "Batch":
+        """One batch of the samples of several, copied. Each must join the first one."""
+        first = batches[0]
+        leaves = []
+        for place, dim in enumerate(first._leaf_dims):
+            parts = [cast("Tensor", batch._leaves[place]) for batch in batches]
+            joined = torch.cat([part.detach() for part in parts], dim)
+            leaves.append(joined.requires_grad_(parts[0].requires_grad))
+        return replace(first, size=sum(batch.size for batch in batches), _leaves=tuple(leaves))
+
     def of_one(self, tensors: Sequence[Tensor]) -> Any:
         """The raw batch of one sample.
 
@@ -163,170 +157,6 @@ class Batch:
         )
 
 
-def apply(
-    model: nn.Module, raw: Any, forward: Forward | None = None
-) -> tuple[Any, tuple[Any, ...]]:
-    """Run a model on a raw batch.
-
-    Args:
-        model: The model.
-        raw: A batch, or `Batch.raw`, or what `Batch.of_one` returned.
-        forward: `forward(model, batch) -> outputs`. Without it: `model(inputs)`; `model(*inputs)`
-            for a list or tuple; `model(**inputs)` for a mapping, and for a batch that is itself a
-            mapping, without its `labels`. A list of one object per sample is one argument.
-
-    Returns:
-        The outputs, or their `.logits` where they have them, and what follows the inputs.
-
-    Raises:
-        InvalidBatch: The batch has another number of inputs than the model's `forward` takes.
-    """
-    inputs, rest = split_inputs(raw)
-    if forward is not None:
-        outputs = forward(model, raw)
-    else:
-        arguments: tuple[Any, ...] = (inputs,)
-        keywords: Mapping[str, Any] = {}
-        if isinstance(inputs, Mapping):
-            arguments, keywords = (), inputs
-        elif isinstance(inputs, (list, tuple)) and holds_tensors(inputs):
-            arguments = tuple(inputs)
-        try:
-            outputs = model(*arguments, **keywords)
-        except TypeError as error:
-            if _accepts(model, arguments, keywords):
-                raise
-            raise InvalidBatch(
-                "without a forward, the inputs of a batch are the arguments of "
-                f"{type(model).__name__}.forward{_signature(model)}; found the batch "
-                f"{describe(raw)}. Mend: yield (inputs, *rest) with inputs to match, or pass a "
-                f"forward:\n{_forward_to_write(raw)}"
-            ) from error
-    logits = getattr(outputs, "logits", None)
-    return (outputs if logits is None else logits), rest
-
-
-def split_inputs(raw: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The inputs of a raw batch, and the rest: what the likelihood is called with."""
-    if isinstance(raw, Mapping):
-        inputs = {key: value for key, value in raw.items() if key != _LABELS}
-        return inputs, ((raw[_LABELS],) if _LABELS in raw else ())
-    if isinstance(raw, (list, tuple)):
-        return raw[0], tuple(raw[1:])
-    return raw, ()
-
-
-class _Reader:
-    """Walks a raw batch: collects the leaves that are split, and what names them in errors."""
-
-    def __init__(self, batch_dim: int, device: torch.device) -> None:
-        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
-            raise ValueError(
-                "a likelihood's batch_dim is the index of the dimension that holds the samples, "
-                f"an integer >= 0; found {batch_dim!r}."
-            )
-        self.batch_dim = batch_dim
-        self.device = device
-        self.leaves: list[Tensor | Sequence[Any]] = []
-        self.dims: list[int] = []
-        self.paths: list[str] = []
-
-    def read(self, value: Any, path: str, *, is_batch: bool = False) -> Any:
-        """Turn a value into its structure: slots for what is split, the value for the shared."""
-        if isinstance(value, PackedSequence):
-            raise InvalidBatch(
-                f"the samples of a batch must be in dimensions; found a PackedSequence at {path}. "
-                "Mend: pass the padded tensor and its lengths, and pack in forward:\n"
-                "    def forward(model, batch):\n"
-                "        padded, targets, lengths = batch\n"
-                "        return model(pack_padded_sequence(padded, lengths.cpu(), "
-                "enforce_sorted=False))"
-            )
-        if isinstance(value, Tensor):
-            return self._tensor(value, path)
-        if isinstance(value, Mapping):
-            return rebuild(
-                value, [self.read(item, _under(path, key)) for key, item in value.items()]
-            )
-        if isinstance(value, (list, tuple)):
-            if is_batch or not value or holds_tensors(value):
-                return rebuild(
-                    value, [self.read(item, f"{path}[{i}]") for i, item in enumerate(value)]
-                )
-            return self._slot(value, 0, path)
-        if is_scalar(value):
-            return value
-        raise InvalidBatch(
-            f"{_READABLE}; found {type(value).__name__} at {path}. Mend: let the loader yield its "
-            "tensors (torch.as_tensor for an array), or a list of one such object per sample, and "
-            "put together in forward what the model wants:\n"
-            "    def forward(model, batch):\n"
-            f"        return model(make_{type(value).__name__.lower()}({path}))"
-        )
-
-    def agreed_size(self, raw: Any) -> int:
-        """The number of samples, on which all leaves must agree."""
-        sizes = [
-            leaf.shape[dim] if isinstance(leaf, Tensor) else len(leaf)
-            for leaf, dim in zip(self.leaves, self.dims, strict=True)
-        ]
-        if not sizes:
-            raise InvalidBatch(
-                "a batch must hold at least one tensor with a dimension of samples; found "
-                f"{describe(raw)}. Mend: stack the samples (torch.stack) in the loader."
-            )
-        if len(set(sizes)) > 1:
-            found = "".join(
-                f"\n    {path}: {size} in {describe(leaf)}"
-                + (f" along dimension {dim}" if isinstance(leaf, Tensor) else "")
-                for path, size, leaf, dim in zip(
-                    self.paths, sizes, self.leaves, self.dims, strict=True
-                )
-            )
-            raise InvalidBatch(
-                f"everything in a batch must hold the same number of samples; found{found}\n"
-                "Mend: give each of them one entry per sample (along the likelihood's batch_dim, "
-                f"{self.batch_dim}; along 0 if it has one dimension). What all samples share is a "
-                "tensor of no dimension or a plain scalar, or belongs into forward."
-            )
-        return sizes[0]
-
-    def _tensor(self, tensor: Tensor, path: str) -> Any:
-        if tensor.is_nested or tensor.layout is not torch.strided:
-            kind = "nested" if tensor.is_nested else str(tensor.layout)
-            raise InvalidBatch(
-                f"the tensors of a batch must be dense; found a tensor of kind {kind} at {path}. "
-                "Mend: pass it dense (padded, with its lengths), and convert it in forward."
-            )
-        if tensor.dim() > 1 and self.batch_dim >= tensor.dim():
-            raise InvalidBatch(
-                "tensors of two dimensions or more must have the dimension that holds the "
-                f"samples, here {self.batch_dim}; found {describe(tensor)} at {path}. Mend: "
-                "the likelihood's batch_dim, or the shape."
-            )
-        owned = _own(tensor, self.device)
-        if tensor.dim() == 0:
-            return owned
-        return self._slot(owned, self.batch_dim if tensor.dim() > 1 else 0, path)
-
-    def _slot(self, leaf: Tensor | Sequence[Any], dim: int, path: str) -> _Slot:
-        self.leaves.append(leaf)
-        self.dims.append(dim)
-        self.paths.append(path)
-        return _Slot(len(self.leaves) - 1)
-
-
-def _own(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, cut off from the user's graph, usable in autograd."""
-    with torch.inference_mode(False):
-        # Only from pinned memory: an asynchronous copy to the CPU may be read before it arrives.
-        moved = tensor.detach().to(device, non_blocking=tensor.is_pinned())
-        if moved.is_inference():
-            moved = moved.clone()
-        # Kept because re-entrant checkpointing works only on inputs that require gradients.
-        return moved.requires_grad_(tensor.requires_grad)
-
-
 def _copy(tensor: Tensor) -> Tensor:
     """A copy that requires a gradient itself, if the tensor does."""
     copied = tensor.detach().clone()
@@ -335,7 +165,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _fill(structure: Any, leaves: Sequence[Tensor | Sequence[Any]]) -> Any:
     """The raw batch: each slot of the structure replaced by its leaf."""
-    if isinstance(structure, _Slot):
+    if isinstance(structure, Slot):
         return leaves[structure.index]
     if isinstance(structure, Tensor):
         return _copy(structure)
@@ -346,40 +176,30 @@ def _fill(structure: Any, leaves: Sequence[Tensor | Sequence[Any]]) -> Any:
     return structure
 
 
-def _is_empty(raw: Any) -> bool:
-    return not isinstance(raw, Tensor) and len(raw) == 0
+def _stack(one: Any, other: Any, dim: int) -> bool:
+    """Whether two leaves can be put one behind the other, and nothing of them is lost by it."""
+    return (
+        type(one) is type(other) is Tensor
+        and one.dtype == other.dtype
+        and one.requires_grad == other.requires_grad
+        and one.shape[:dim] == other.shape[:dim]
+        and one.shape[dim + 1 :] == other.shape[dim + 1 :]
+    )
 
 
-def _under(path: str, key: Any) -> str:
-    return f'{path}["{key}"]' if isinstance(key, str) else f"{path}[{key!r}]"
-
-
-def _signature(model: nn.Module) -> inspect.Signature | str:
-    try:
-        return inspect.signature(model.forward)
-    except (TypeError, ValueError):  # compiled and scripted forwards may have none
-        return "(...)"
-
-
-def _accepts(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
-    """Whether the model can be called like that, so that a TypeError came from inside it."""
-    signature = _signature(model)
-    if isinstance(signature, str):
-        return True
-    try:
-        signature.bind(*arguments, **keywords)
-    except TypeError:
+def _are_alike(one: Any, other: Any) -> bool:
+    """Whether two structures are the same, with the same in every place that all samples share."""
+    if type(one) is not type(other):
         return False
-    return True
-
-
-def _forward_to_write(raw: Any) -> str:
-    """A template of the `forward` that reads this batch."""
-    take = "        ...  # take the model's inputs out of batch\n"
-    call = "        return model(inputs)"
-    if isinstance(raw, Mapping) and raw:
-        first = next(iter(cast("Mapping[str, Any]", raw)))
-        take, call = "", f"        return model(batch[{first!r}])"
-    elif isinstance(raw, (list, tuple)) and len(raw) > 1:
-        take = f"        inputs, {', '.join(f'rest_{i}' for i in range(1, len(raw)))} = batch\n"
-    return f"    def forward(model, batch):\n{take}{call}"
+    if isinstance(one, Slot) or is_scalar(one):
+        return bool(one == other)
+    if isinstance(one, Mapping):
+        if list(one) != list(other) or not all(map(_are_alike, one.values(), other.values())):
+            return False
+    elif isinstance(one, (list, tuple)):
+        if len(one) != len(other) or not all(map(_are_alike, one, other)):
+            return False
+    else:
+        return one is other
+    # And with the same in the attributes that a container of another kind may have.
+    return not hasattr(one, "__dict__") or _are_alike(vars(one), vars(other))

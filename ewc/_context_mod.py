@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ewc._batches import Forward, InvalidBatch, split_inputs
+from ewc._calling import Forward, split_inputs
+from ewc._invalid_batch import InvalidBatch
 from ewc._structures import describe
 
 ModWeights: TypeAlias = Sequence[Tensor] | Callable[[Any], Sequence[Tensor]]

@@ -1,5 +1,6 @@
 """Leaves a model as it was found: flags, buffers, parameters, attributes, gradients."""
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Guard:
     def restore(self) -> None:
         """Take back what the last run changed, so that the next one starts from the same."""
         for space, kept in self._spaces:
-            if space.keys() != kept.keys() or any(space[key] is not kept[key] for key in kept):
+            if space.keys() != kept.keys() or not all(map(is_, space.values(), kept.values())):
                 space.clear()
                 space.update(kept)
         for one in self._kept:

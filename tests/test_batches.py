@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
-from ewc._batches import Batch, InvalidBatch, apply
+from ewc._batches import Batch
+from ewc._calling import apply
+from ewc._invalid_batch import InvalidBatch
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", ["x", "y"])
@@ -331,3 +333,61 @@ def test_the_forward_to_write_is_python(raw: Any) -> None:
         apply(TwoInputs(), raw) if isinstance(raw, (tuple, dict)) else read(raw)
     template = str(error.value).partition("    def forward")[2]
     compile("def forward" + template.replace("\n    ", "\n"), "template", "exec")
+
+
+class TestJoining:
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda n: (x(n), torch.arange(n)),
+            lambda n: [x(n).double(), None, 2, "same"],
+            lambda n: {"a": x(n), "labels": [torch.arange(n), (x(n), 1.5)]},
+            lambda n: Pair(x(n), torch.arange(n)),
+            lambda n: Encoding({"a": x(n)}, note="same"),
+            lambda n: (x(n).requires_grad_(), torch.arange(n)),
+        ],
+    )
+    def test_of_batches_alike(self, make: Any) -> None:
+        parts = [read(make(n)) for n in (3, 1, 2)]
+        assert all(parts[0].joins(part) for part in parts)
+        joined = Batch.joined(parts)
+        assert joined.size == 6
+        for start, stop, part in [(0, 3, parts[0]), (3, 4, parts[1]), (4, 6, parts[2])]:
+            found, expected = joined.take(start, stop).raw, part.raw
+            assert type(found) is type(expected)
+            for one, other in zip(
+                torch.utils._pytree.tree_leaves(dict(found) if "a" in found else found),
+                torch.utils._pytree.tree_leaves(dict(expected) if "a" in expected else expected),
+                strict=True,
+            ):
+                assert_close(one, other) if isinstance(one, Tensor) else None
+                assert getattr(one, "requires_grad", None) == getattr(other, "requires_grad", None)
+
+    def test_along_another_dimension(self) -> None:
+        one, other = torch.randn(5, 2, 3), torch.randn(5, 4, 3)
+        parts = [read((each, torch.zeros(each.shape[1])), batch_dim=1) for each in (one, other)]
+        assert parts[0].joins(parts[1])
+        assert_close(Batch.joined(parts).raw[0], torch.cat([one, other], 1))
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ((x(), x()), (x(), x().double())),
+            ((x(), x()), (x(), torch.zeros(4, 2))),
+            ((x(), x()), (x(), x().requires_grad_())),
+            ((x(), 1), (x(), 2)),
+            ((x(), 1), (x(), 1.0)),
+            ((x(), None), (x(), "")),
+            ((x(), float("nan")), (x(), float("nan"))),
+            ((x(), torch.tensor(1)), (x(), torch.tensor(2))),
+            ((x(), x()), [x(), x()]),
+            ((x(), x()), (x(), x(), x())),
+            ({"a": x(), "labels": x()}, {"labels": x(), "a": x()}),
+            (Encoding({"a": x()}, note="one"), Encoding({"a": x()}, note="other")),
+            ((x(), ["a", "b", "c", "d"]), (x(), ["a", "b", "c", "d"])),
+            ((x(), nn.Parameter(x())), (x(), nn.Parameter(x()))),
+        ],
+    )
+    def test_not_of_others(self, one: Any, other: Any) -> None:
+        parts = [read(each, targets_required=False) for each in (one, other)]
+        assert not parts[0].joins(parts[1]) or isinstance(one[1], nn.Parameter)

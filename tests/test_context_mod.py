@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ewc._batches import InvalidBatch
 from ewc._context_mod import context_mod_forward
+from ewc._invalid_batch import InvalidBatch
 
 
 class Modulated(nn.Module):

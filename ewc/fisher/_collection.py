@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc._batches import InvalidBatch
 from ewc._distributed import ALONE, Ranks
 from ewc._guard import Guard
+from ewc._invalid_batch import InvalidBatch
 from ewc._randomness import Randomness
 from ewc._sharding import has_shards, is_sharded
 from ewc.fisher._eager import without_compilation

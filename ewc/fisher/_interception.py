@@ -211,7 +211,7 @@ class Interception(TorchFunctionMode):
             if ruled and _vmap.level() == self.level:
                 with _vmap.beneath():
                     outputs = RULES[func](self, *args, **kwargs)
-                return tree_map_only(Tensor, lambda out: _vmap.logical(out, self.level), outputs)
+                return self._wrapped(outputs)
         except NotCovered:
             if any(view.part.parameter.name in self.without_rule for view in found):
                 return func(*args, **kwargs)  # to be done again, with copies of that one alone
@@ -224,6 +224,12 @@ class Interception(TorchFunctionMode):
             for view in found:
                 self._leave(view)
         return outputs
+
+    def _wrapped(self, outputs: Any) -> Any:
+        """What a rule returned, as the model sees it."""
+        if isinstance(outputs, Tensor):
+            return _vmap.logical(outputs, self.level)
+        return tree_map_only(Tensor, lambda out: _vmap.logical(out, self.level), outputs)
 
     def _is_copy(self, tensor: Tensor) -> bool:
         """Whether it is a copy per sample of a parameter, or a view of one."""

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc._batches import Batch, InvalidBatch, apply
+from ewc._batches import Batch
+from ewc._calling import apply
 from ewc._guard import Guard
+from ewc._invalid_batch import InvalidBatch
 from ewc._randomness import Randomness
+from ewc.fisher._bundle import Bundle
 from ewc.fisher._interception import Apart
 from ewc.fisher._mixing import Runs, refuse_mixing
 from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
@@ -24,6 +27,10 @@ from ewc.likelihoods import Likelihood
 Forward = Callable[[nn.Module, Any], Any]
 
 A_FEW = 4
+
+BUNDLED = 4
+"""How many times the samples of a bundle may be run at once: more of them leave the cache."""
+
 _OBJECTS = "a batch holds lists of objects, which vmap cannot take apart"
 _OPAQUE = "targets are drawn, and the model returns no tensor to hold vmap against single samples"
 _DIFFERS = "inside vmap its gradient is another than that of a single sample"
@@ -60,20 +67,50 @@ class Pass:
         self._fast: Vectorised | None = None
         self._refusal = _OBJECTS
         self._batches = self._singly = 0
-        self._unchecked: list[tuple[int, Tensor]] = []
+        self._unchecked: list[tuple[Bundle, Tensor]] = []
         self._truncated = False
 
     def over(self, batches: Iterable[Any], max_samples: int | None) -> bool:
-        """Add up all batches; returns whether `max_samples` ended the pass before the data did."""
-        for batch in self._read(batches, max_samples):
-            if self._batches == 0:
+        """Add up all batches, small ones together.
+
+        Returns:
+            Whether `max_samples` ended the pass before the data did.
+        """
+        waiting = Bundle()
+        for number, batch in enumerate(self._read(batches, max_samples)):
+            if number == 0:
                 self._try_out(batch.take(0, min(2, batch.size)))
-            self._add(batch)
-            self.samples += batch.size
-            self._batches += 1
-            self._refuse_non_finite(self.place)
+            room = self._room(batch)
+            if waiting and not waiting.takes(batch, room):
+                self._run(waiting)
+                waiting = Bundle()
+            if batch.size > room / 2:
+                self._run(Bundle([batch], [self.place]))
+            else:
+                waiting.add(self.place, batch.copied())
+        if waiting:
+            self._run(waiting)
         self._refuse_non_finite(None)
         return self._truncated
+
+    def _room(self, batch: Batch) -> int:
+        """How many samples like those of this batch make a bundle; 0 if none is made."""
+        fast = self._fast
+        if fast is None or fast.left_out or not batch.vectorisable:
+            return 0
+        return fast.capacity(batch) // BUNDLED
+
+    def _run(self, bundle: Bundle) -> None:
+        """Add the squares of the batches of a bundle."""
+        try:
+            self._add(bundle.joined)
+        except InvalidBatch:
+            for self.place, batch in bundle:  # to find out which it is
+                self._add(batch)
+            raise
+        self.samples += bundle.size
+        self._batches += len(bundle)
+        self._refuse_non_finite(bundle)
 
     def _read(self, batches: Iterable[Any], max_samples: int | None) -> Iterator[Batch]:
         """The batches that hold samples, until there are `max_samples`."""
@@ -286,33 +323,48 @@ class Pass:
 
     def _finite(self) -> Tensor:
         """For each parameter, whether this process has found no square that is not finite."""
-        sums = [each.sum().to(self._device) for each in self.sums.values()]
-        return torch.stack(sums).isfinite()
+        # The largest entry, and not the sum, which may overflow where no entry does.
+        largest = [
+            (each.max() if each.numel() else each.sum()).to(self._device)
+            for each in self.sums.values()
+        ]
+        return torch.stack(largest).isfinite()
 
     def _differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
         """The names whose sums differ by more than rounding explains."""
         return differing(found, expected, largest(expected))
 
-    def _refuse_non_finite(self, number: int | None) -> None:
-        """Check the sums after batch `number`; on other devices than a CPU one batch later.
+    def _refuse_non_finite(self, bundle: Bundle | None) -> None:
+        """Check the sums after a bundle; on other devices than a CPU one bundle later.
 
-        By then the verdict is there, and reading it does not hold up the next batch.
+        By then the verdict is there, and reading it does not hold up the next one.
         """
-        if number is not None:
-            self._unchecked.append((number, self._finite()))
-        late = 1 if number is not None and self._device.type != "cpu" else 0
+        if bundle is not None:
+            self._unchecked.append((bundle, self._finite()))
+        late = 1 if bundle is not None and self._device.type != "cpu" else 0
         while len(self._unchecked) > late:
-            place, finite = self._unchecked.pop(0)
+            checked, finite = self._unchecked.pop(0)
             names = [
                 name for name, good in zip(self.sums, finite.tolist(), strict=True) if not good
             ]
             if names:
                 raise ValueError(
                     "expected finite squared gradients; found NaN or infinity, or a square that "
-                    f"overflows, in batch {place} (counted from 0), in "
+                    f"overflows, in batch {self._culprit(checked)} (counted from 0), in "
                     f"{', '.join(map(repr, names))}. Look at the inputs, targets and loss of that "
                     "batch; scale them, or use a wider type"
                 )
+
+    def _culprit(self, bundle: Bundle) -> int:
+        """The place of the batch after which the sums are not finite; the sums are lost."""
+        if len(bundle) > 1:
+            for each in self.sums.values():
+                each.zero_()
+            for place, batch in bundle:
+                self._add(batch)
+                if not self._finite().all():
+                    return place
+        return bundle.places[-1]
 
 
 def largest(sums: Mapping[str, Tensor]) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ewc import _vmap
-from ewc._batches import InvalidBatch
+from ewc._invalid_batch import InvalidBatch
 from ewc.likelihoods import Likelihood
 
 

@@ -34,7 +34,7 @@ class Recorded:
 
     Attributes:
         interception: What the pass recorded.
-        terms: What is differentiated, K times `[N]`.
+        terms: What is differentiated: K times the sum over the samples.
         leaves: What the terms are differentiated by, so that gradients pass all that is watched:
             the beginnings of the graph. Not only those that the interception has made: where
             others lie before (inputs that require gradients, parameters that are not protected,
@@ -53,9 +53,7 @@ class Recorded:
         last = len(self.terms) - 1
         for k, term in enumerate(self.terms):
             self.interception.last = k == last
-            found = torch.autograd.grad(
-                term, self.leaves, torch.ones_like(term), retain_graph=k < last, allow_unused=True
-            )
+            found = torch.autograd.grad(term, self.leaves, retain_graph=k < last, allow_unused=True)
             self.interception.flush()
             for leaf, gradient in zip(self.leaves, found, strict=True):
                 if gradient is not None and id(leaf) in names:
@@ -99,7 +97,11 @@ class Vectorised:
         self._outputs = outputs
 
     def limit(self, batch: Batch) -> int:
-        """How many samples of a batch go at once, so that memory stays within what is allowed.
+        """How many samples of a batch go at once: in equal parts."""
+        return math.ceil(batch.size / math.ceil(batch.size / self.capacity(batch)))
+
+    def capacity(self, batch: Batch) -> int:
+        """How many such samples go at once, so that memory stays within what is allowed.
 
         Activations are taken to be in proportion to what goes in, as they were the last time.
         """
@@ -108,8 +110,7 @@ class Vectorised:
         kept = self._expansion * batch.nbytes / batch.size
         device = next(iter(self._parameters.values())).device.type
         allowed = KEPT_BYTES.get(device, KEPT_BYTES_ELSEWHERE)
-        limit = min(COPIES_BYTES // max(1, size), int(allowed / max(1.0, kept)))
-        return math.ceil(batch.size / math.ceil(batch.size / max(1, limit)))  # in equal parts
+        return max(1, min(COPIES_BYTES // max(1, size), int(allowed / max(1.0, kept))))
 
     def forward(self, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded | None:
         """Run the model on all samples.
@@ -159,4 +160,4 @@ class Vectorised:
             return None
         self.by_rule |= interception.by_rule
         self._expansion = interception.kept / max(1, batch.nbytes)
-        return Recorded(interception, terms.unbind(0), leaves, totals)
+        return Recorded(interception, terms.sum(1).unbind(0), leaves, totals)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from ewc._batches import InvalidBatch
+from ewc._invalid_batch import InvalidBatch
 from ewc._structures import describe
 from ewc._vmap import peek
 from ewc.likelihoods._arguments import abridged, function, integer, output_indices

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc._batches import InvalidBatch
+from ewc._invalid_batch import InvalidBatch
 from ewc._structures import describe
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ewc._batches import InvalidBatch
+from ewc._invalid_batch import InvalidBatch
 from ewc._structures import describe
 from ewc._vmap import peek
 from ewc.likelihoods._likelihood import Likelihood

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ewc._batches import InvalidBatch
+from ewc._invalid_batch import InvalidBatch
 from ewc._structures import describe
 from ewc.likelihoods._arguments import function, output_indices, positive
 from ewc.likelihoods._heads import head_of, real_tensor

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from ewc._batches import InvalidBatch
+from ewc._invalid_batch import InvalidBatch
 from ewc._structures import describe
 from ewc.likelihoods._classification import Classification
 from ewc.likelihoods._heads import real_tensor

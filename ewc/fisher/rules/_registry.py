@@ -106,13 +106,14 @@ def rewriting(*functions: Callable[..., Any]) -> Callable[[Handler], Handler]:
 
 def takes(handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a handler knows all the options of a call; another exact path does, if not."""
-    if not kwargs:
-        return True
+    return not kwargs or _binds(handler, len(args), tuple(kwargs))
+
+
+@cache
+def _binds(handler: Callable[..., Any], positional: int, keywords: tuple[str, ...]) -> bool:
+    """Whether a call with so many arguments, and with these keywords, fits the signature."""
     try:
-        _signature(handler).bind(*args, **kwargs)
+        inspect.signature(handler).bind(*[None] * positional, **dict.fromkeys(keywords))
     except TypeError:
         return False
     return True
-
-
-_signature = cache(inspect.signature)
