@@ -5,7 +5,7 @@ it. None of this involves the samples, so the gradients of the samples with resp
 made lead back to those with respect to the parameter, and their squares to its total.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -59,21 +59,26 @@ class Part:
 
     Attributes:
         parameter: Whose elements they are.
-        place: Where they lie, a view of the parameter's layout.
+        within: Where they lie, a view of the parameter's layout; None for all of it.
         uses: How many operations use it.
         gradients: What came back to each use, if they cannot be squared at once.
     """
 
     parameter: "Protected"
-    place: Tensor
+    within: Tensor | None = None
     uses: int = 0
     gradients: list[Gradient] = field(default_factory=list)
 
     @property
+    def place(self) -> Tensor:
+        """Where they lie, without the memory."""
+        return self.parameter.layout if self.within is None else self.within
+
+    @property
     def total(self) -> Tensor:
         """The same part of the parameter's sum of squares."""
-        total, place = self.parameter.total, self.place
-        if place is self.parameter.layout:
+        total, place = self.parameter.total, self.within
+        if place is None:
             return total
         offset = total.storage_offset() + place.storage_offset()
         return total.as_strided(place.shape, place.stride(), offset)
@@ -81,8 +86,9 @@ class Part:
     @property
     def span(self) -> tuple[int, int]:
         """The first of its elements in memory, and the one behind its last."""
-        start = int(self.place.storage_offset())
-        steps = zip(self.place.shape, self.place.stride(), strict=True)
+        place = self.place
+        start = int(place.storage_offset())
+        steps = zip(place.shape, place.stride(), strict=True)
         return start, start + 1 + sum((size - 1) * step for size, step in steps)
 
     def receive(self, gradient: Gradient) -> None:
@@ -110,23 +116,26 @@ class Protected:
             those of a sharded parameter is there no longer than needed.
 
     Attributes:
-        layout: How the elements of its total lie in memory, without the memory.
         whole: The part that is all of it.
     """
 
     def __init__(self, name: str, parameter: Tensor, totals: Mapping[str, Tensor]) -> None:
         self.name, self.device = name, parameter.device
-        self._totals = totals
+        self._parameter, self._totals = parameter, totals
+        self.whole = Part(self)
+        self._others: dict[tuple[Any, ...], Part] = {}
+
+    @cached_property
+    def layout(self) -> Tensor:
+        """How the elements of its total lie in memory, without the memory."""
         # A sharded parameter has no strides while it is not gathered; gathered, it is contiguous.
-        strided = any(parameter.stride())
-        self.layout = torch.empty_like(
-            parameter,
+        strided = any(self._parameter.stride())
+        return torch.empty_like(
+            self._parameter,
             device="meta",
             requires_grad=False,
             memory_format=torch.preserve_format if strided else torch.contiguous_format,
         )
-        self._parts: dict[tuple[Any, ...], Part] = {}
-        self.whole = self.part(self.layout)
 
     @property
     def total(self) -> Tensor:
@@ -135,28 +144,43 @@ class Protected:
 
     def part(self, place: Tensor) -> Part:
         """The part whose elements lie at `place`, a view of the layout."""
-        key = (place.storage_offset(), place.shape, place.stride())
-        return self._parts.setdefault(key, Part(self, place))
+        key = _lie(place)
+        if key == _lie(self.layout):
+            return self.whole
+        return self._others.setdefault(key, Part(self, place))
+
+    @property
+    def parts(self) -> Iterable[Part]:
+        """All parts that were taken."""
+        return self.whole, *self._others.values()
 
     @property
     def used(self) -> bool:
         """Whether an operation with a rule uses it."""
-        return any(part.uses for part in self._parts.values())
+        return any(part.uses for part in self.parts)
 
     @cached_property
     def overlapping(self) -> bool:
         """Whether parts are used that share elements; to be asked when the model has run."""
-        spans = sorted(part.span for part in self._parts.values() if part.uses)
+        used = [part for part in self.parts if part.uses]
+        if len(used) < 2:
+            return False
+        spans = sorted(part.span for part in used)
         return any(stop > start for (_, stop), (start, _) in pairwise(spans))
 
     def flush(self) -> None:
         """Square what was kept, when a reverse pass is over."""
-        kept = [(part.total, part.summed()) for part in self._parts.values() if part.gradients]
+        kept = [(part.total, part.summed()) for part in self.parts if part.gradients]
         if kept and self.overlapping:
             Overlapping(self.total, kept).add_squares(self.total)
         else:
             for total, gradient in kept:
                 gradient.add_squares(total)
+
+
+def _lie(place: Tensor) -> tuple[Any, ...]:
+    """What tells the place of one part from that of another."""
+    return place.storage_offset(), place.shape, place.stride()
 
 
 Made = tuple[Any, list["View"]]

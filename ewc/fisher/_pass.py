@@ -2,13 +2,14 @@
 
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ewc._batches import Batch
 from ewc._calling import apply
@@ -71,16 +72,18 @@ class Pass:
         self._truncated = False
 
     def over(self, batches: Iterable[Any], max_samples: int | None) -> bool:
-        """Add up all batches, small ones together.
+        """Add up all batches; small ones together, if they can be read ahead.
 
         Returns:
             Whether `max_samples` ended the pass before the data did.
         """
+        # Other iterables may run code between two batches that the model's outputs depend on.
+        ahead = isinstance(batches, (Sequence, DataLoader))
         waiting = Bundle()
         for number, batch in enumerate(self._read(batches, max_samples)):
             if number == 0:
                 self._try_out(batch.take(0, min(2, batch.size)))
-            room = self._room(batch)
+            room = self._room(batch) if ahead else 0
             if waiting and not waiting.takes(batch, room):
                 self._run(waiting)
                 waiting = Bundle()

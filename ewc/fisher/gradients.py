@@ -143,7 +143,7 @@ class Outer(Gradient):
             for rows, columns in zip(left.split(step), right.split(step), strict=True):
                 rows, columns = rows.squeeze(1), columns.squeeze(1)
                 total.addmm_((rows * rows).t(), columns * columns)
-        elif total.is_cpu and left.shape[1] * total.numel() > LOOP_PRODUCTS:
+        elif _is_worth_a_call(total, left.shape[1]):
             _add_squares_in_cache(total, left, right)
         else:
             Gradient.add_squares(Outer(left, right), total)
@@ -156,6 +156,12 @@ class Outer(Gradient):
             torch.cat([part.right for part in parts], 1),
             parts[0].shape,
         )
+
+
+def _is_worth_a_call(total: Tensor, positions: int) -> bool:
+    """Whether the product of each sample is so large that it has a call of its own, on a CPU."""
+    few = 8 * total.numel() > work_elements(total)  # samples whose products stay in the cache
+    return total.is_cpu and few and positions * total.numel() > LOOP_PRODUCTS
 
 
 def _add_squares_in_cache(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ewc import _vmap
 from ewc._invalid_batch import InvalidBatch
@@ -73,17 +74,42 @@ def test_a_bundle_holds_no_more_samples_than_memory_allows(
     assert_close(found.sums, expected(model, data), 1e-9)
 
 
-def test_a_loader_may_use_its_memory_again(model: Counting) -> None:
+def test_a_data_loader_may_use_its_memory_again(model: Counting) -> None:
     data = batches(4, 4, 4, 4, 4)
+    x, y = torch.empty_like(data[0][0]), torch.empty_like(data[0][1])
 
-    def loader() -> Iterator[tuple[Tensor, Tensor]]:
-        x, y = torch.empty_like(data[0][0]), torch.empty_like(data[0][1])
-        for each in data:
-            x.copy_(each[0])
-            y.copy_(each[1])
-            yield x, y
+    def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        torch.stack([sample[0] for sample in samples], out=x)
+        torch.stack([sample[1] for sample in samples], out=y)
+        return x, y
 
-    assert_close(collected(model, loader()).sums, expected(model, data), 1e-9)
+    samples = [sample for batch in data for sample in zip(*batch, strict=True)]
+    loader = DataLoader(samples, batch_size=4, collate_fn=collate)  # type: ignore[arg-type]
+    found = collected(model, loader)
+    assert len(RUNS) < 8
+    assert_close(found.sums, expected(model, data), 1e-9)
+
+
+def test_a_generator_may_change_what_the_model_does(model: Counting) -> None:
+    data = batches(4, 4, 4, 4)
+    chosen = [0.0]
+
+    def generator() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(data):
+            chosen[0] = float(number)
+            yield batch
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        out: Tensor = model(batch[0]) * (1 + chosen[0])
+        return out
+
+    found = collected(model, generator(), forward=forward)
+    each = [
+        oracle.empirical(model, batch, nll, call=lambda m, b, s=s: m(b[0]) * (1 + s))
+        for s, batch in enumerate(data)
+    ]
+    total = {name: sum(one[name] for one in each) for name in each[0]}
+    assert_close(found.sums, total, 1e-9)
 
 
 def test_inputs_that_require_gradients_keep_doing_so(model: Counting) -> None:
@@ -155,12 +181,13 @@ def test_max_samples_reads_no_batch_too_many(model: Counting) -> None:
     data = batches(*[4] * 12)
     taken = []
 
-    def loader() -> Iterator[tuple[Tensor, Tensor]]:
-        for number, batch in enumerate(data):
-            taken.append(number)
-            yield batch
+    class Recorded(list[tuple[Tensor, Tensor]]):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for number, batch in enumerate(data):
+                taken.append(number)
+                yield batch
 
-    found = collected(model, loader(), max_samples=10)
+    found = collected(model, Recorded(data), max_samples=10)
     assert found.samples == 10
     assert taken == [0, 1, 2]
     first = [*data[:2], (data[2][0][:2], data[2][1][:2])]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from ewc.fisher.gradients import LOOP_PRODUCTS, Gradient, Outer, Total, alike, work_elements
+from ewc.fisher.gradients import Gradient, Outer, Total, alike, work_elements
 from ewc.fisher.rules._registry import Operation, rule
 
 NARROW = 16
@@ -81,27 +81,18 @@ class Patches(Gradient):
 
     @override
     def add_squares(self, total: Tensor) -> None:
-        places = math.prod(self._places)
         if self.groups > 1 or self.out.shape[1] > 1 or self._rows(total) < self._places[0]:
             super().add_squares(total)
             return
-        step = max(1, 2 * work_elements(total) // (self._per_row * self._places[0]))
+        step = max(1, 8 * work_elements(total) // (self._per_row * self._places[0]))
         squares = total.new_zeros(
             self._kernel_rows, total[0].numel() // self._kernel_rows, self.shape[0]
         )
-        product = torch.empty_like(squares)
-        alone = total.is_cpu and places * total.numel() > LOOP_PRODUCTS
-        alone = alone and total.numel() <= 2 * work_elements(total)
         for read, out in zip(self.read.split(step), self.out.split(step), strict=True):
             patches = self._patches(read.to(total.dtype), 0, self._places[0])[:, 0, 0]
             right = out[:, 0].to(total.dtype).flatten(2).mT
-            if alone:
-                for one, other in zip(patches, right, strict=True):
-                    torch.bmm(one, other.expand(self._kernel_rows, -1, -1), out=product)
-                    squares.addcmul_(product, product)
-            else:
-                for row, part in zip(patches.unbind(1), squares, strict=True):
-                    Outer(row.mT, right).add_squares(part)
+            for row, part in zip(patches.unbind(1), squares, strict=True):
+                Outer(row.mT, right).add_squares(part)
         total.add_(self._as_weight(squares.mT.unsqueeze(0))[0])
 
     def _rows(self, tensor: Tensor) -> int:
