@@ -29,7 +29,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 A_FEW = 4
 
-BUNDLED = 4
+BUNDLED = 2
 """How many times the samples of a bundle may be run at once: more of them leave the cache."""
 
 _OBJECTS = "a batch holds lists of objects, which vmap cannot take apart"

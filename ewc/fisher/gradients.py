@@ -26,7 +26,7 @@ def work_elements(tensor: Tensor) -> int:
     On a CPU as many as stay in the second-level cache (half a MiB), else 64 MiB, so that a
     launch has enough to do.
     """
-    budget = 2**19 if tensor.device.type == "cpu" else 2**26
+    budget = 2**19 if tensor.is_cpu else 2**26
     return budget // tensor.element_size()
 
 
@@ -57,13 +57,18 @@ class Gradient(ABC):
         """Add the sum over samples of the squared gradients to `total`, shape `[*shape]`."""
         step = max(1, work_elements(total) // max(1, self.work(total)))
         for start in range(0, self.samples, step):
-            gradient = self.per_sample(start, min(start + step, self.samples)).to(total.dtype)
-            total.add_((gradient * gradient).sum(0))
+            _add_squares(total, self.per_sample(start, min(start + step, self.samples)))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> "Gradient":
         """The sum of several gradients of the same kind, one for each use of the parameter."""
         return Several(parts)
+
+
+def _add_squares(total: Tensor, gradients: Tensor) -> None:
+    """Add the sum of the squares of `gradients`, `[n, *shape]`, in the precision of `total`."""
+    gradients = gradients.to(total.dtype)
+    total.add_((gradients * gradients).sum(0))
 
 
 class Several(Gradient):
@@ -102,9 +107,8 @@ class Total(Gradient):
 
     @override
     def add_squares(self, total: Tensor) -> None:
-        summed = self.summands.squeeze(1) if self.summands.shape[1] == 1 else self.summands.sum(1)
-        summed = summed.to(total.dtype)
-        total.add_((summed * summed).sum(0))
+        shared = self.summands.shape[1] > 1
+        _add_squares(total, self.summands.sum(1) if shared else self.summands.squeeze(1))
 
     @override
     @classmethod
@@ -146,7 +150,9 @@ class Outer(Gradient):
         elif _is_worth_a_call(total, left.shape[1]):
             _add_squares_in_cache(total, left, right)
         else:
-            Gradient.add_squares(Outer(left, right), total)
+            step = max(1, work_elements(total) // max(1, total.numel()))
+            for rows, columns in zip(left.split(step), right.split(step), strict=True):
+                _add_squares(total, rows.mT @ columns)
 
     @override
     @classmethod
