@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ewc._binding import Binding, check_fit, traced_penalty
-from ewc._distributed import ALONE, Ranks, ranks_of, wrapper_group
+from ewc._distributed import ALONE, ranks_of, wrapper_group
+from ewc._estimate import (
+    refuse_non_finite,
+    samples_in,
+    silent_in,
+    silent_message,
+    slow_message,
+)
 from ewc._parameters import (
     check_initialised,
     check_materialised,
@@ -29,12 +36,12 @@ from ewc._parameters import (
 from ewc._penalty import result_dtype
 from ewc._quadratic import Quadratic, snapshot
 from ewc._randomness import Randomness
-from ewc._sharding import has_shards, local
+from ewc._sharding import has_shards
 from ewc._state import State, dump, restore
 from ewc._summary import Summary
 from ewc._validation import choice, number, positive_int
 from ewc._warnings import SlowPathWarning, ZeroFisherWarning
-from ewc.fisher import Squares, collect
+from ewc.fisher import collect
 from ewc.likelihoods import Likelihood
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -195,7 +202,9 @@ class EWC:
         it fails on one.
 
         Args:
-            batches: Any iterable of batches of the task.
+            batches: Any iterable of batches of the task. A list, a tuple or a `DataLoader` is read
+                ahead, and its small batches are run together, which is faster; those of any
+                other iterable are run as they come.
             likelihood: For this task only, for instance with the outputs of its own head.
             forward: For this task only.
             dataset_size: N of `reduction="sum"`, which alone reads it. By default the samples
@@ -251,22 +260,24 @@ class EWC:
                     ranks=ranks,
                 )
                 with torch.inference_mode(False), torch.no_grad():
-                    weight = self._weight(squares, batches, dataset_size, ranks)
+                    weight = 1
+                    if self._reduction == "sum":
+                        weight = samples_in(batches, squares, dataset_size, ranks)
                     fisher = {
                         name: each.div_(squares.samples / weight).contiguous()
                         for name, each in squares.sums.items()
                     }
-                    silent = _silent(fisher, ranks)
+                    silent = silent_in(fisher, ranks)
                     state = self._merged_state(parameters, fisher, silent, squares.slow)
                     binding = Binding(self._model, state, self._precision)
                     summary = binding.summary(squares)
                 for name in silent:
                     if name not in self._state.warned and parameters[name].numel():
                         warnings.warn(
-                            _silent_message(name, squares), ZeroFisherWarning, stacklevel=2
+                            silent_message(name, squares), ZeroFisherWarning, stacklevel=2
                         )
                 if squares.slow and not self._state.warned_slow:
-                    warnings.warn(_slow_message(squares), SlowPathWarning, stacklevel=2)
+                    warnings.warn(slow_message(squares), SlowPathWarning, stacklevel=2)
                 ranks.meet("the end")
         self._state, self._binding = binding.state, binding
         return summary
@@ -443,29 +454,6 @@ class EWC:
 
     # From Fisher to penalty.
 
-    def _weight(
-        self, squares: Squares, batches: object, dataset_size: int | None, ranks: Ranks
-    ) -> int:
-        """What the mean over samples is multiplied by."""
-        if self._reduction == "mean":
-            return 1
-        if dataset_size is not None:
-            return dataset_size
-        if not squares.truncated:
-            return squares.samples
-        try:
-            size = positive_int(
-                "len(batches.dataset)",
-                len(batches.dataset),  # type: ignore[attr-defined]
-            )
-        except (AttributeError, TypeError):
-            raise ValueError(
-                'reduction="sum" must know the number of samples; max_samples has cut the pass '
-                "short and batches.dataset has no length. Pass dataset_size."
-            ) from None
-        ranks.agree({"len(batches.dataset); pass dataset_size": size})
-        return size
-
     def _merged_state(
         self,
         parameters: Mapping[str, nn.Parameter],
@@ -482,22 +470,7 @@ class EWC:
                 merged[name] = self._merged(beside, fisher[name], snapshot(parameter))
             elif known is not None:
                 merged[name] = self._passed(known)
-        overflowed = [
-            name for name, one in merged.items() if not local(one.fisher).isfinite().all()
-        ]
-        if overflowed:
-            raise ValueError(
-                f"The Fisher must be finite; that of {', '.join(map(repr, overflowed))} overflows. "
-                "Check the scale of the likelihood"
-                + (', or take reduction="mean".' if self._reduction == "sum" else ".")
-            )
-        wild = [name for name, one in merged.items() if not local(one.anchor).isfinite().all()]
-        if wild:
-            raise ValueError(
-                f"Protected parameters must be finite; {', '.join(map(repr, wild))} has NaN or "
-                "infinite entries, around which no penalty is finite. Mend them, or leave the "
-                "parameter out: requires_grad_(False), or the argument parameters."
-            )
+        refuse_non_finite(merged, self._reduction)
         return State(
             merged,
             self._state.n_tasks + 1,
@@ -531,49 +504,6 @@ class EWC:
                 'Define it, or take fisher_type="empirical".'
             )
         return likelihood
-
-
-def _silent(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
-    """The names of those whose Fisher is zero in every entry, on every process.
-
-    Raises:
-        ValueError: They all are.
-    """
-    device = next(iter(fisher.values())).device
-    loud = torch.stack([local(one).any().to(device) for one in fisher.values()])
-    ranks.meet("what is zero")
-    heard = ranks.largest(loud.to(torch.uint8)).tolist()
-    silent = [name for name, one in zip(fisher, heard, strict=True) if not one]
-    if len(silent) == len(fisher):
-        raise ValueError(
-            "The Fisher of every parameter is zero; nothing would be protected. The "
-            "negative log-likelihood must depend on the parameters: are the outputs "
-            "detached, all positions masked or ignored, or other parameters used?"
-        )
-    return silent
-
-
-def _silent_message(name: str, squares: Squares) -> str:
-    """What is zero, and whether a gradient arrived at all."""
-    why = (
-        "no gradient reached it (is it used, and not detached?)"
-        if squares.paths[name] == "unused"
-        else "every gradient that reached it is zero"
-    )
-    return f"The Fisher of {name!r} is zero in every entry: {why}. This task does not protect it."
-
-
-def _slow_message(squares: Squares) -> str:
-    """What went one sample at a time, and why."""
-    names: dict[str, list[str]] = {}
-    for name, reason in squares.reasons.items():
-        names.setdefault(reason, []).append(repr(name))
-    found = "; ".join(f"{', '.join(some)}, because {reason}" for reason, some in names.items())
-    return (
-        "The samples of this task were run one at a time, which gives the same Fisher and takes "
-        f"longer, for {found}. If that is too slow: a forward that torch.func.vmap can do, or a "
-        "rule of your own (ewc.fisher.rule)."
-    )
 
 
 def _checked_forward(forward: Forward | None) -> Forward | None:
