@@ -63,6 +63,12 @@ def test_linear_larger_than_the_cache(shared: int) -> None:
     check(nn.Linear(700, 150), noise(0, 3, shared, 700))
 
 
+@pytest.mark.parametrize(("i", "o"), [(7, 5), (60, 70), (100, 90), (120, 400)])
+@pytest.mark.parametrize("shared", [2, 40, 130])
+def test_linear_of_many_positions(i: int, o: int, shared: int) -> None:
+    check(nn.Linear(i, o), noise(0, 21, shared, i))
+
+
 @few
 @given(st.data())
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -91,6 +97,9 @@ def test_convolution_of_larger_images() -> None:
     check(nn.Conv2d(32, 32, 3, padding=1), noise(0, 5, 32, 9, 8))
     check(nn.Conv2d(32, 48, 3, stride=2, bias=False), noise(0, 5, 32, 9, 8))
     check(nn.Conv2d(16, 8, 1), noise(0, 4, 16, 9, 8))
+    check(nn.Conv2d(64, 64, 3, padding=1), noise(0, 3, 64, 9, 8))
+    check(nn.Conv2d(8, 12, 3, padding=1), noise(0, 23, 8, 31, 33))
+    check(nn.Conv2d(2, 3, 5), noise(0, 70, 2, 12, 11))
 
 
 class Flat(nn.Module):
