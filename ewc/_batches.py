@@ -62,10 +62,7 @@ class Batch:
         They are copies: a model may write into its inputs, which are the user's, and which it
         will be shown again.
         """
-        return _fill(
-            self._structure,
-            [_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves],
-        )
+        return _fill(self._structure, self.copied()._leaves)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -73,7 +70,7 @@ class Batch:
 
         As in `raw`, they are copies.
         """
-        return [_copy(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
+        return [leaf for leaf in self.copied()._leaves if isinstance(leaf, Tensor)]
 
     @property
     def dims(self) -> list[int]:
@@ -118,18 +115,14 @@ class Batch:
 
     def copied(self) -> "Batch":
         """The same batch in memory of its own: a loader may use its own again for the next."""
-        return replace(
-            self,
-            _leaves=tuple(
-                _copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves
-            ),
-        )
+        leaves = (_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves)
+        return replace(self, _leaves=tuple(leaves))
 
     def joins(self, other: "Batch") -> bool:
         """Whether two batches can be made one: they are alike but for their samples."""
         return (
             self._leaf_dims == other._leaf_dims
-            and all(map(_stack, self._leaves, other._leaves, self._leaf_dims))
+            and all(map(_are_stackable, self._leaves, other._leaves, self._leaf_dims))
             and _are_alike(self._structure, other._structure)
         )
 
@@ -176,7 +169,7 @@ def _fill(structure: Any, leaves: Sequence[Tensor | Sequence[Any]]) -> Any:
     return structure
 
 
-def _stack(one: Any, other: Any, dim: int) -> bool:
+def _are_stackable(one: Any, other: Any, dim: int) -> bool:
     """Whether two leaves can be put one behind the other, and nothing of them is lost by it."""
     return (
         type(one) is type(other) is Tensor

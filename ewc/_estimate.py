@@ -1,6 +1,7 @@
 """What is judged about the Fisher information of one task before it is learned."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ewc._validation import positive_int
 from ewc.fisher import Squares
 
 
-def samples_in(batches: object, squares: Squares, dataset_size: int | None, ranks: Ranks) -> int:
+def samples_in(batches: Any, squares: Squares, dataset_size: int | None, ranks: Ranks) -> int:
     """How many samples the data of a task hold, which a pass may not have seen all.
 
     Raises:
@@ -23,10 +24,7 @@ def samples_in(batches: object, squares: Squares, dataset_size: int | None, rank
     if not squares.truncated:
         return squares.samples
     try:
-        size = positive_int(
-            "len(batches.dataset)",
-            len(batches.dataset),  # type: ignore[attr-defined]
-        )
+        size = positive_int("len(batches.dataset)", len(batches.dataset))
     except (AttributeError, TypeError):
         raise ValueError(
             'reduction="sum" must know the number of samples; max_samples has cut the pass '

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ewc._binding import Binding, check_fit, traced_penalty
+from ewc._calling import Forward
 from ewc._distributed import ALONE, ranks_of, wrapper_group
 from ewc._estimate import (
     refuse_non_finite,
@@ -43,8 +44,6 @@ from ewc._validation import choice, number, positive_int
 from ewc._warnings import SlowPathWarning, ZeroFisherWarning
 from ewc.fisher import collect
 from ewc.likelihoods import Likelihood
-
-Forward = Callable[[nn.Module, Any], Any]
 
 _FISHER_TYPES = ("empirical", "exact", "mc")
 _REDUCTIONS = ("mean", "sum")

@@ -1,6 +1,6 @@
 """Peak memory of collection, beside an ordinary forward and backward.
 
-Every point is a process of its own, which builds the model and one batch, runs once, and reports
+Every point is a process of its own, which builds the model and its data, runs once, and reports
 by how much its peak resident memory lies above what it held before. So everything counts, also what
 libraries allocate out of PyTorch's sight. Linux only.
 """
@@ -35,13 +35,13 @@ class Sweep:
         title: What the table calls it, with the size that grows.
         sizes: The sizes.
         quick: Fewer and smaller ones.
-        make: `make(size)` gives the model and one batch.
+        make: `make(size)` gives the model and the batches.
     """
 
     title: str
     sizes: Sequence[int]
     quick: Sequence[int]
-    make: Callable[[int], tuple[nn.Module, Batch]]
+    make: Callable[[int], tuple[nn.Module, list[Batch]]]
 
 
 SWEEPS = {
@@ -49,37 +49,43 @@ SWEEPS = {
         "MLP 784-400-400-10: batch size",
         (512, 2048, 8192),
         (512, 1024),
-        lambda n: (mlp(), vectors(784)(n)),
+        lambda n: (mlp(), [vectors(784)(n)]),
+    ),
+    "batches": Sweep(
+        "MLP 784-400-400-10, batches of 128: how many",
+        (4, 64, 256),
+        (4,),
+        lambda count: (mlp(), [vectors(784)(128) for _ in range(count)]),
     ),
     "cnn": Sweep(
         "LeNet-like CNN: batch size",
         (256, 1024, 2048),
         (256,),
-        lambda n: (LeNet(), vectors(1, 28, 28)(n)),
+        lambda n: (LeNet(), [vectors(1, 28, 28)(n)]),
     ),
     "pixels": Sweep(
         "ResNet with GroupNorm, 8 images: height and width",
         (64, 128, 192),
         (64,),
-        lambda pixels: (ResNet(), vectors(3, pixels, pixels)(8)),
+        lambda pixels: (ResNet(), [vectors(3, pixels, pixels)(8)]),
     ),
     "gpt": Sweep(
         "3-layer GPT, 64 positions: batch size",
         (16, 64, 128),
         (16,),
-        lambda n: (GPT(), tokens()(n)),
+        lambda n: (GPT(), [tokens()(n)]),
     ),
     "positions": Sweep(
         "3-layer GPT, 8 sequences: positions",
         (128, 512, 1024),
         (128,),
-        lambda s: (GPT(positions=s), tokens(positions=s)(8)),
+        lambda s: (GPT(positions=s), [tokens(positions=s)(8)]),
     ),
     "steps": Sweep(
         "LSTM 32-128, 64 sequences: time steps",
         (64, 256, 512),
         (64,),
-        lambda s: (LSTM(), vectors(s, 32)(64)),
+        lambda s: (LSTM(), [vectors(s, 32)(64)]),
     ),
 }
 
@@ -87,14 +93,14 @@ SWEEPS = {
 def point(sweep: str, size: int, kind: str) -> int:
     """In this process: the peak above what was held before, in bytes."""
     torch.manual_seed(0)
-    model, batch = SWEEPS[sweep].make(size)
+    model, batches = SWEEPS[sweep].make(size)
     model.eval()
     small = SWEEPS[sweep].make(SWEEPS[sweep].quick[0])
     run = {"ordinary": _ordinary, "collection": _collection}[kind]
-    run(small[0].eval(), _first(small[1]))  # what a first call loads and keeps
+    run(small[0].eval(), [_first(small[1][0])])  # what a first call loads and keeps
     del small
     before = _kernel("VmRSS")
-    run(model, batch)
+    run(model, batches)
     return max(0, _kernel("VmHWM") - before)
 
 
@@ -102,15 +108,16 @@ def _first(batch: Batch) -> Batch:
     return batch[0][:2], batch[1][:2]
 
 
-def _ordinary(model: nn.Module, batch: Batch) -> object:
-    return gradients(model, batch)
+def _ordinary(model: nn.Module, batches: list[Batch]) -> None:
+    for batch in batches:
+        gradients(model, batch)
 
 
-def _collection(model: nn.Module, batch: Batch) -> object:
-    return collect(
+def _collection(model: nn.Module, batches: list[Batch]) -> None:
+    collect(
         model,
         dict(model.named_parameters()),
-        [batch],
+        batches,
         likelihood=Classification(),
         forward=None,
         fisher_type="empirical",
@@ -177,7 +184,7 @@ def report(arguments: argparse.Namespace) -> str:
         [
             table(head, rows),
             f"{_harness.machine()}. Each number is the peak resident memory of a process of its "
-            "own above what it held before, with model and batch in place. *Beyond* is the "
+            "own above what it held before, with model and data in place. *Beyond* is the "
             "difference of the two peaks; *work* is what is left of it without the accumulators "
             "(one float32 copy of the parameters).",
         ]

@@ -1,6 +1,6 @@
 """The Fisher information of a task: one pass over its batches, on one process or several."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc._calling import Forward
 from ewc._distributed import ALONE, Ranks
 from ewc._guard import Guard
 from ewc._invalid_batch import InvalidBatch
@@ -19,8 +20,6 @@ from ewc.fisher._layers import Layers
 from ewc.fisher._mixing import refuse_batch_statistics
 from ewc.fisher._pass import Pass
 from ewc.likelihoods import Likelihood
-
-Forward = Callable[[nn.Module, Any], Any]
 
 _PATHS = ("unused", "rule", "vmap", "loop")  # of several, the last is told
 

@@ -18,9 +18,10 @@ from ewc._batches import Batch
 from ewc._distributed import Ranks
 from ewc._sharding import local
 from ewc.fisher._bundle import Bundle
+from ewc.fisher._comparison import differing, largest
 from ewc.fisher._interception import Apart
 from ewc.fisher._layers import Layers
-from ewc.fisher._pass import Pass, differing, largest
+from ewc.fisher._pass import Pass
 
 
 class InStep(Pass):
@@ -65,7 +66,7 @@ class InStep(Pass):
             if piece is not None:
                 self.samples += piece.size
                 self._batches += 1
-                self._refuse_non_finite(Bundle([piece], [self.place]))
+                self._refuse_non_finite(Bundle.of_one(self.place, piece))
                 piece = next(pieces, None)
         self._refuse_non_finite(None)
         return self._truncated

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ewc._batches import Batch
-from ewc._calling import apply
+from ewc._calling import Forward, apply
 from ewc._guard import Guard
 from ewc._invalid_batch import InvalidBatch
 from ewc._randomness import Randomness
 from ewc.fisher._bundle import Bundle
+from ewc.fisher._comparison import differing, largest
 from ewc.fisher._interception import Apart
 from ewc.fisher._mixing import Runs, refuse_mixing
 from ewc.fisher._precision import full_precision, without_autocast, without_cudnn
@@ -25,12 +26,10 @@ from ewc.fisher._terms import Opaque, probe, terms
 from ewc.fisher._vectorised import Recorded, Vectorised
 from ewc.likelihoods import Likelihood
 
-Forward = Callable[[nn.Module, Any], Any]
-
 A_FEW = 4
 
 BUNDLED = 2
-"""How many times the samples of a bundle may be run at once: more of them leave the cache."""
+"""A bundle takes one in so many of the samples that may be run at once; more leave the cache."""
 
 _OBJECTS = "a batch holds lists of objects, which vmap cannot take apart"
 _OPAQUE = "targets are drawn, and the model returns no tensor to hold vmap against single samples"
@@ -88,7 +87,7 @@ class Pass:
                 self._run(waiting)
                 waiting = Bundle()
             if batch.size > room / 2:
-                self._run(Bundle([batch], [self.place]))
+                self._run(Bundle.of_one(self.place, batch))
             else:
                 waiting.add(self.place, batch.copied())
         if waiting:
@@ -106,7 +105,7 @@ class Pass:
     def _run(self, bundle: Bundle) -> None:
         """Add the squares of the batches of a bundle."""
         try:
-            self._add(bundle.joined)
+            self._add(bundle.join())
         except InvalidBatch:
             for self.place, batch in bundle:  # to find out which it is
                 self._add(batch)
@@ -368,31 +367,6 @@ class Pass:
                 if not self._finite().all():
                     return place
         return bundle.places[-1]
-
-
-def largest(sums: Mapping[str, Tensor]) -> list[float]:
-    """The largest entry of each sum."""
-    return [float(each.max()) if each.numel() else 0.0 for each in sums.values()]
-
-
-def differing(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], scales: list[float]
-) -> set[str]:
-    """The names whose sums differ by more than rounding, also that of half precision, explains.
-
-    A gradient that is zero but for rounding is small against the largest of all.
-
-    Args:
-        found: Sums by name.
-        expected: What they should be.
-        scales: For each of `expected`, its largest entry.
-    """
-    names = set()
-    for (name, right), scale in zip(expected.items(), scales, strict=True):
-        noise = (100 * torch.finfo(right.dtype).eps) ** 2 * max(scales)
-        if bool(((found[name] - right).abs() > 0.05 * scale + noise).any()):
-            names.add(name)
-    return names
 
 
 def _described(error: Exception) -> str:

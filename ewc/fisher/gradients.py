@@ -150,9 +150,7 @@ class Outer(Gradient):
         elif _is_worth_a_call(total, left.shape[1]):
             _add_squares_in_cache(total, left, right)
         else:
-            step = max(1, work_elements(total) // max(1, total.numel()))
-            for rows, columns in zip(left.split(step), right.split(step), strict=True):
-                _add_squares(total, rows.mT @ columns)
+            Gradient.add_squares(Outer(left, right), total)
 
     @override
     @classmethod
