@@ -10,10 +10,10 @@ for loader in tasks:
     ewc.consolidate(loader)                                # once after each task
 """
 
-from ewc._context_mod import context_mod_forward
 from ewc._ewc import EWC
 from ewc._online import OnlineEWC
-from ewc._warnings import NothingProtectedWarning, SlowPathWarning, ZeroFisherWarning
+from ewc.errors import NothingProtectedWarning, SlowPathWarning, ZeroFisherWarning
+from ewc.integrations.hypnettorch import context_mod_forward
 from ewc.likelihoods import Classification, Custom, Likelihood, Regression, TimeSeries
 
 __version__ = "0.1.0.dev0"

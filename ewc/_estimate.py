@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc._distributed import Ranks
-from ewc._quadratic import Quadratic
-from ewc._sharding import local
-from ewc._validation import positive_int
+from ewc._checks import positive_int
 from ewc.fisher import Squares
+from ewc.processes.layout import local
+from ewc.processes.ranks import Ranks
+from ewc.quadratic.quadratic import Quadratic
 
 
 def samples_in(batches: Any, squares: Squares, dataset_size: int | None, ranks: Ranks) -> int:

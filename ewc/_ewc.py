@@ -2,7 +2,7 @@
 
 It holds what consolidations have learned, follows the model's parameters by name, and turns both
 into a penalty. What is a Fisher is decided in `ewc.fisher`, what is a quadratic in
-`ewc._quadratic`; here they are put together, all or nothing.
+`ewc.quadratic.quadratic`; here they are put together, all or nothing.
 """
 
 import copy
@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc._binding import Binding, check_fit, traced_penalty
-from ewc._calling import Forward
-from ewc._distributed import ALONE, ranks_of, wrapper_group
+from ewc._checks import choice, number, positive_int
 from ewc._estimate import (
     refuse_non_finite,
     samples_in,
@@ -24,7 +22,12 @@ from ewc._estimate import (
     silent_message,
     slow_message,
 )
-from ewc._parameters import (
+from ewc._summary import Summary
+from ewc.data.calling import Forward
+from ewc.errors import SlowPathWarning, ZeroFisherWarning
+from ewc.fisher import collect
+from ewc.likelihoods import Likelihood
+from ewc.model.names import (
     check_initialised,
     check_materialised,
     find,
@@ -34,16 +37,13 @@ from ewc._parameters import (
     select,
     unwrap,
 )
-from ewc._penalty import result_dtype
-from ewc._quadratic import Quadratic, snapshot
-from ewc._randomness import Randomness
-from ewc._sharding import has_shards
-from ewc._state import State, dump, restore
-from ewc._summary import Summary
-from ewc._validation import choice, number, positive_int
-from ewc._warnings import SlowPathWarning, ZeroFisherWarning
-from ewc.fisher import collect
-from ewc.likelihoods import Likelihood
+from ewc.model.randomness import Randomness
+from ewc.processes.layout import has_shards
+from ewc.processes.ranks import ALONE, ranks_of, wrapper_group
+from ewc.quadratic.binding import Binding, check_fit, traced_penalty
+from ewc.quadratic.checkpoint import State, dump, restore
+from ewc.quadratic.penalty import result_dtype
+from ewc.quadratic.quadratic import Quadratic, snapshot
 
 _FISHER_TYPES = ("empirical", "exact", "mc")
 _REDUCTIONS = ("mean", "sum")

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc._checks import number
 from ewc._ewc import EWC
-from ewc._parameters import find, named_parameters, nearest
-from ewc._quadratic import Quadratic
-from ewc._sharding import laid_out_as
-from ewc._validation import number
-from ewc._warnings import NothingProtectedWarning
+from ewc.errors import NothingProtectedWarning
 from ewc.likelihoods import Likelihood
+from ewc.model.names import find, named_parameters, nearest
+from ewc.processes.layout import laid_out_as
+from ewc.quadratic.quadratic import Quadratic
 
 
 class OnlineEWC(EWC):

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ewc._distributed import maximum, total
-from ewc._sharding import Groups, local, summed_over
-from ewc._validation import positive_int
+from ewc._checks import positive_int
+from ewc.processes.layout import Groups, local, summed_over
+from ewc.processes.ranks import maximum, total
 
 _PATHS = {
     "rule": "closed form",

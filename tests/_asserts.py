@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from ewc import EWC, _vmap
-from ewc._sharding import local
-from ewc.fisher._precision import _PRODUCTS
+from ewc.fisher.numerics import _PRODUCTS
+from ewc.processes.layout import local
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
 
-from ewc._batches import Batch
-from ewc._calling import apply
-from ewc._invalid_batch import InvalidBatch
+from ewc.data.batch import Batch
+from ewc.data.calling import apply
+from ewc.errors import InvalidBatch
 
 CPU = torch.device("cpu")
 Pair = namedtuple("Pair", ["x", "y"])

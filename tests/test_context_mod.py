@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ewc._context_mod import context_mod_forward
-from ewc._invalid_batch import InvalidBatch
+from ewc.errors import InvalidBatch
+from ewc.integrations.hypnettorch import context_mod_forward
 
 
 class Modulated(nn.Module):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from ewc._penalty import _CPU, Penalty, expression
+from ewc.quadratic.penalty import _CPU, Penalty, expression
 
 SHAPES = {
     "small": [(3, 4), (5,), ()],

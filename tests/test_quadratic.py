@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ewc._quadratic import Quadratic, covered, fits, snapshot
+from ewc.quadratic.quadratic import Quadratic, covered, fits, snapshot
 
 
 def tasks_of(n_tasks, size, seed, *, sparsity=0.0, dtype=torch.float32):

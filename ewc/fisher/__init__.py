@@ -5,7 +5,7 @@ Users of the library need nothing from here, unless they add a rule for an opera
 """
 
 from ewc.fisher import rules as _rules  # noqa: F401  (registers the rules)
-from ewc.fisher._collection import Squares, collect
+from ewc.fisher.collection import Squares, collect
 from ewc.fisher.gradients import Dense, Gradient, Outer, Rows, Total
 from ewc.fisher.rules import NotCovered, Operation, rewriting, rule
 

@@ -1,4 +1,1 @@
-"""For training with other libraries, where a few lines would not do.
-
-Nothing here is imported by `ewc` itself; each module belongs to one library, and says which.
-"""
+"""Training with other libraries, where a few lines would not do: one module for each library."""

@@ -10,10 +10,10 @@ what the three types are; Martens, *New insights and perspectives on the natural
 (2020), for the likelihoods and their exact expectations.
 """
 
-from ewc.likelihoods._classification import Classification
-from ewc.likelihoods._custom import Custom
-from ewc.likelihoods._likelihood import Likelihood
-from ewc.likelihoods._regression import Regression
-from ewc.likelihoods._time_series import TimeSeries
+from ewc.likelihoods.classification import Classification
+from ewc.likelihoods.custom import Custom
+from ewc.likelihoods.likelihood import Likelihood
+from ewc.likelihoods.regression import Regression
+from ewc.likelihoods.time_series import TimeSeries
 
 __all__ = ["Classification", "Custom", "Likelihood", "Regression", "TimeSeries"]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ewc._validation import as_float
+from ewc._checks import as_float
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

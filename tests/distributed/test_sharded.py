@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ewc import EWC, Classification, OnlineEWC
-from ewc.fisher._layers import Layers
+from ewc.fisher.sharded.layers import Layers
 from tests import oracle
 from tests._asserts import unchanged
 from tests.distributed.workers import Workers

@@ -11,7 +11,7 @@ from torch import nn
 
 import ewc._ewc as module
 from ewc import EWC, Classification, Custom, Likelihood, ZeroFisherWarning
-from ewc._guard import Guard
+from ewc.model.guard import Guard
 from tests._asserts import fails_at, raises, unchanged
 from tests._tasks import CLASSES, INPUTS, make, make_model, make_task
 

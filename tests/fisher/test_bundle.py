@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ewc import _vmap
-from ewc._invalid_batch import InvalidBatch
+from ewc.errors import InvalidBatch
 from tests import oracle
 from tests.fisher.test_collection import assert_close, collected, nll
 
@@ -57,7 +57,7 @@ def test_small_batches_are_run_together(model: Counting) -> None:
 def test_a_bundle_holds_no_more_samples_than_memory_allows(
     model: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ewc.fisher._vectorised.KEPT_BYTES", {"cpu": 2**14})
+    monkeypatch.setattr("ewc.fisher.paths.vectorised.KEPT_BYTES", {"cpu": 2**14})
     data = batches(*[4] * 50, 40, 2)
     rows: list[int] = []
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ewc import Custom
 from ewc.fisher import Dense, NotCovered, Operation, Outer, rewriting, rule
-from ewc.fisher.rules import _registry
+from ewc.fisher.rules import registry
 from tests import oracle
 from tests.fisher.test_collection import assert_close, collected
 
@@ -219,14 +219,14 @@ def test_attention(n: int, s: int, heads: int, causal: bool, masked: bool, seed:
 
 
 @pytest.fixture
-def registry() -> Any:
+def kept_registry() -> Any:
     """Leaves the registered rules as they were."""
-    rules, rewritings = dict(_registry.RULES), dict(_registry.REWRITINGS)
+    rules, rewritings = dict(registry.RULES), dict(registry.REWRITINGS)
     yield
-    _registry.RULES.clear()
-    _registry.RULES.update(rules)
-    _registry.REWRITINGS.clear()
-    _registry.REWRITINGS.update(rewritings)
+    registry.RULES.clear()
+    registry.RULES.update(rules)
+    registry.REWRITINGS.clear()
+    registry.REWRITINGS.update(rewritings)
 
 
 class Distances(nn.Module):
@@ -253,7 +253,7 @@ def distances(op: Operation, x1: Tensor, x2: Tensor, *, slip: float = 1, **optio
     return op.watch(out, {x2: gradient})
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("kept_registry")
 def test_a_rule_of_the_users_own() -> None:
     check(Distances(), noise(0, 4, 3), path="vmap")
     rule(torch.cdist)(distances)
@@ -261,13 +261,13 @@ def test_a_rule_of_the_users_own() -> None:
     check(Distances(), noise(0, 4, 2, 3), path="vmap")
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("kept_registry")
 def test_a_rule_that_is_wrong_is_found_out() -> None:
     rule(torch.cdist)(partial(distances, slip=2))
     check(Distances(), noise(0, 4, 3), path="loop")
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("kept_registry")
 def test_a_rewriting_of_the_users_own() -> None:
     @rewriting(torch.cdist)
     def cdist(x1: Tensor, x2: Tensor, **options: Any) -> Tensor:

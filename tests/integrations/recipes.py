@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ewc import EWC
-from ewc._parameters import find, named_parameters, unwrap
+from ewc.model.names import find, named_parameters, unwrap
 from tests._tasks import same
 from tests.test_docs import blocks
 

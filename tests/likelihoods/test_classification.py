@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
-from ewc._invalid_batch import InvalidBatch
+from ewc.errors import InvalidBatch
 from ewc.likelihoods import Classification
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]

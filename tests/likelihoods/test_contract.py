@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from ewc._invalid_batch import InvalidBatch
+from ewc.errors import InvalidBatch
 from ewc.likelihoods import Classification, Regression, TimeSeries
 from tests.likelihoods.cases import CASES, Case, normal
 

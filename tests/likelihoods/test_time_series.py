@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from ewc._invalid_batch import InvalidBatch
+from ewc.errors import InvalidBatch
 from ewc.likelihoods import Classification, Custom, Likelihood, Regression, TimeSeries
 
 

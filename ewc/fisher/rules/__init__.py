@@ -15,6 +15,6 @@ from ewc.fisher.rules import (  # noqa: F401  (imported for their registration)
     products,
     recurrent,
 )
-from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
 
 __all__ = ["NotCovered", "Operation", "rewriting", "rule"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewc.fisher.rules._registry import NotCovered, Operation, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, rule
 
 
 @rule(torch._nested_tensor_from_mask_left_aligned, always=True)

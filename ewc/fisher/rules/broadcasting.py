@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ewc.fisher.gradients import Gradient, Total
-from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
 
 Slope = Callable[..., Tensor]
 """`slope(g, *operands)`: the gradient of one operand, not yet summed, `[N, ...]`."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ewc.fisher.gradients import Gradient, Outer, Total, alike, work_elements
-from ewc.fisher.rules._registry import Operation, rule
+from ewc.fisher.rules.registry import Operation, rule
 
 NARROW = 16
 """How many places of the kernel and channels make a row worth a product of its own."""

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewc.fisher._compositions import Arranged
+from ewc.fisher.compositions import Arranged
 from ewc.fisher.gradients import Rows
-from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
 from ewc.fisher.rules.linear import positions
+from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
 
 
 @rule(F.embedding)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ewc.fisher.gradients import Gradient, Total
-from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)

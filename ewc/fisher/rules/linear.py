@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewc.fisher.gradients import Outer, Total
-from ewc.fisher.rules._registry import NotCovered, Operation, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, rule
 
 
 def positions(tensor: Tensor, keep: int = 1) -> Tensor:

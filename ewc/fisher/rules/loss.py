@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewc.fisher.rules._registry import NotCovered, Operation, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, rule
 
 
 @rule(F.cross_entropy, always=True)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewc.fisher.gradients import Total
-from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
 
 
 def _affine(

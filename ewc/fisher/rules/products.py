@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ewc.fisher._compositions import Arranged
+from ewc.fisher.compositions import Arranged
 from ewc.fisher.gradients import Gradient, Outer, Total, alike
-from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
 from ewc.fisher.rules.linear import positions
+from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
 
 LOOP_ELEMENTS = 2**12
 """How large the matrices of a stack must be to be worth a call each."""

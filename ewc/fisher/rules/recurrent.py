@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewc.fisher.gradients import Outer, Total
-from ewc.fisher.rules._registry import NotCovered, Operation, rewriting, rule
-from ewc.fisher.rules._scan import LSTMScan
+from ewc.fisher.rules.lstm_scan import LSTMScan
+from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
 
 
 class _Weights(NamedTuple):

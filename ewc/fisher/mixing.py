@@ -1,0 +1,181 @@
+"""Finds a module whose output for one sample depends on the others in its batch.
+
+The Fisher information is a mean over samples, each of them alone. A model that lets the samples
+of a batch see each other, in eval mode too, is trained on something else: that is an error.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ewc.data.batch import Batch
+from ewc.fisher.numerics import full_precision
+from ewc.fisher.paths.interception import READING
+
+_OTHER_OUTPUT = "a sample gets another output in another batch"
+
+Record = list[tuple[str, list[Tensor], list[Tensor]]]
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """Refuse batch normalisations without running statistics.
+
+    Raises:
+        ValueError: If there is one, with its name.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(_message(name, module, "it has no running statistics"))
+
+
+class Runs:
+    """What a model returned for some batches, and whether it read values on the way.
+
+    Args:
+        outputs: `outputs(raw) -> (outputs, rest)`: runs the model.
+    """
+
+    def __init__(self, outputs: Callable[[Any], tuple[Any, tuple[Any, ...]]]) -> None:
+        self.found: list[list[Tensor]] = []
+        self.read = False
+        self._outputs = outputs
+
+    def __call__(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Run the model once more."""
+        with _Readings() as readings:
+            outputs, rest = self._outputs(raw)
+        self.found.append(_tensors(outputs))
+        self.read = self.read or readings.seen
+        return outputs, rest
+
+
+def refuse_mixing(model: nn.Module, runs: Runs, batch: Batch, restore: Callable[[], None]) -> None:
+    """Refuse a model that gives a sample one output in a batch of two, and another alone.
+
+    Args:
+        model: The model, in eval mode.
+        runs: The runs on both samples together, and on each of them alone.
+        batch: The two samples.
+        restore: Called after each run, so that the next one starts from the same.
+
+    Raises:
+        ValueError: If it does, with the name of the first module whose outputs differ.
+    """
+    parts = (batch, batch.take(0, 1), batch.take(1, 2))
+    tolerance = _tolerance(model)
+
+    def run(part: Batch) -> list[Tensor]:
+        try:
+            with full_precision():
+                runs(part.raw)
+            return runs.found[-1]
+        finally:
+            restore()
+
+    both, first, second = runs.found
+    if _agree(both, first, second, tolerance):
+        return
+    if runs.read or not _equal(first, run(parts[1])):
+        return  # a branch that depends on values, or random numbers: no layer that mixes
+    records = []
+    for part in parts:
+        record: Record = []
+        hooks = [
+            module.register_forward_hook(_recorder(name, record))
+            for name, module in model.named_modules()
+        ]
+        try:
+            run(part)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        records.append(record)
+    for (name, into, out), (_, into1, out1), (_, into2, out2) in zip(*records, strict=False):
+        if _agree(into, into1, into2, tolerance) and not _agree(out, out1, out2, tolerance):
+            raise ValueError(_message(name, model.get_submodule(name), _OTHER_OUTPUT))
+    raise ValueError(_message("", model, _OTHER_OUTPUT))
+
+
+class _Readings(TorchFunctionMode):
+    """Notices whether a model reads values out of tensors, to branch on them."""
+
+    seen = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.seen = self.seen or func in READING
+        return func(*args, **(kwargs or {}))
+
+
+def _recorder(name: str, record: Record) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        record.append((name, _tensors(args), _tensors(output)))
+
+    return hook
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [leaf.detach().clone() for leaf in leaves if leaf.is_floating_point()]
+
+
+def _tolerance(model: nn.Module) -> float:
+    """By how much of their largest entry outputs may differ because of rounding.
+
+    Which depends on the size of a batch, and adds up over layers. A norm over the batch makes a
+    difference as large as the outputs themselves.
+    """
+    coarse = any(each.is_floating_point() and each.element_size() < 4 for each in _state(model))
+    kinds = {each.device.type for each in _state(model) if not each.is_meta}
+    return 0.2 if coarse or any(map(torch.is_autocast_enabled, kinds)) else 1e-3
+
+
+def _state(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _agree(both: list[Tensor], first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
+    """Whether the outputs of two samples together are those of each alone.
+
+    The batch dimension is the one of twice the size. Outputs of other shapes, padded to the
+    longest of the batch perhaps, cannot be compared and pass.
+    """
+    for pair, one, two in zip(both, first, second, strict=False):
+        if one.shape != two.shape or pair.dim() != one.dim():
+            continue
+        sizes = list(zip(pair.shape, one.shape, strict=True))
+        differing = [dim for dim, (twice, once) in enumerate(sizes) if twice != once]
+        if len(differing) != 1 or pair.shape[differing[0]] != 2 * one.shape[differing[0]]:
+            continue
+        if not _close(pair, torch.cat([one, two], differing[0]), tolerance):
+            return False
+    return True
+
+
+def _equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(
+        one.shape == other.shape and torch.equal(one, other)
+        for one, other in zip(some, others, strict=False)
+    )
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    one, other = one.to(torch.float64), other.to(torch.float64)
+    scale = other[other.isfinite()].abs().max().item() if bool(other.isfinite().any()) else 0.0
+    return torch.allclose(one, other, rtol=0, atol=tolerance * scale + 1e-12, equal_nan=True)
+
+
+def _message(name: str, module: nn.Module, found: str) -> str:
+    place = f"module {name!r}" if name else "the model"
+    return (
+        f"expected a model that, in eval mode, treats the samples of a batch alone; {place} "
+        f"({type(module).__name__}) mixes them: {found}. "
+        "Use running statistics (track_running_stats=True), or a norm over each sample "
+        "(GroupNorm, LayerNorm)"
+    )

@@ -1,0 +1,1 @@
+"""Collection from a model whose parameters are sharded."""

@@ -1,0 +1,66 @@
+"""A likelihood made of functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from ewc.likelihoods._arguments import function, integer
+from ewc.likelihoods.likelihood import Likelihood
+
+
+class Custom(Likelihood):
+    """A likelihood made of functions; the exact Fisher information is not possible with it.
+
+    Args:
+        nll: `nll(outputs, *rest) -> [N]`, one value per sample, never reduced over samples.
+        sample: `sample(outputs) -> targets`, drawn by the global RNG; makes `"mc"` possible.
+        batch_dim: The dimension that holds the samples, in tensors of two dimensions or more.
+
+    Raises:
+        TypeError: `nll` or `sample` is no function, or `batch_dim` no integer.
+        ValueError: `batch_dim` is negative.
+
+    Example:
+        >>> def nll(outputs, counts):
+        ...     return F.poisson_nll_loss(outputs, counts, reduction="none").sum(1)
+        >>> poisson = Custom(nll, sample=lambda outputs: torch.poisson(outputs.exp()))
+        >>> poisson.nll(torch.zeros(2, 3), torch.ones(2, 3))
+        tensor([3., 3.])
+    """
+
+    def __init__(
+        self,
+        nll: Callable[..., Tensor],
+        *,
+        sample: Callable[[Any], Any] | None = None,
+        batch_dim: int = 0,
+    ) -> None:
+        self._nll = function("nll", nll)
+        self._sample = None if sample is None else function("sample", sample)
+        self.batch_dim = integer("batch_dim", batch_dim)
+        if batch_dim < 0:
+            raise ValueError(f"batch_dim must be >= 0; found {batch_dim}.")
+
+    def __repr__(self) -> str:
+        return f"Custom({self._nll!r}, sample={self._sample!r}, batch_dim={self.batch_dim})"
+
+    @override
+    def nll(self, outputs: Any, *rest: Any) -> Tensor:
+        return self._nll(outputs, *rest)
+
+    @override
+    def sample(self, outputs: Any) -> Any:
+        if self._sample is None:
+            raise NotImplementedError(
+                'fisher_type="mc" needs targets to be drawn, and this Custom has no function for '
+                'it. Mend: Custom(nll, sample=...), or take fisher_type="empirical".'
+            )
+        return self._sample(outputs)
+
+    @override
+    def supports(self, fisher_type: str) -> bool:
+        if fisher_type == "mc" and self._sample is None:
+            return False
+        return super().supports(fisher_type)

@@ -1,0 +1,136 @@
+"""Sequences of steps that are independent given the outputs."""
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from ewc.data.structures import describe
+from ewc.errors import InvalidBatch
+from ewc.likelihoods.classification import Classification
+from ewc.likelihoods.heads import real_tensor
+from ewc.likelihoods.likelihood import Likelihood
+from ewc.likelihoods.pointwise import Pointwise
+from ewc.likelihoods.regression import Regression
+
+
+class TimeSeries(Likelihood):
+    """The likelihood of a sequence: the NLL of a step, summed over time.
+
+    Outputs are `[S, N, F]`: S steps, N samples. Targets are what the step takes, behind time and
+    samples: `[S, N]` or `[S, N, F]`. A 2-D tensor right after the targets is a mask `[S, N]`,
+    boolean or weights >= 0 that multiply the NLL of a step; where it is 0, outputs and targets
+    may hold anything. 1-D extras (ids, lengths) are ignored. With `batch_first`, all of these are
+    `[N, S, ...]`.
+
+    Exact Fisher: a sum over the terms of all steps. (The squared gradient of one draw for all
+    steps together is something else.)
+
+    Args:
+        step: The likelihood of one step, on outputs `[n, F]`: a `Classification`, the default, or
+            a `Regression`. Its `target_transform` sees the targets of whole sequences.
+        batch_first: Whether the samples come before time.
+
+    Raises:
+        TypeError: `step` is something else, or a subclass with an NLL of its own.
+
+    Example:
+        Two sequences of up to three steps; the second has only one:
+
+        >>> likelihood = TimeSeries(Regression(), batch_first=True)
+        >>> mask = torch.tensor([[True, True, True], [True, False, False]])
+        >>> likelihood.nll(torch.zeros(2, 3, 4), torch.ones(2, 3, 4), mask)
+        tensor([6., 2.])
+    """
+
+    def __init__(
+        self, step: Classification | Regression | None = None, *, batch_first: bool = False
+    ) -> None:
+        step = Classification() if step is None else step
+        if not isinstance(step, (Classification, Regression)) or _redefines(step):
+            raise TypeError(
+                "TimeSeries needs a step that is a Classification or a Regression, with the NLL "
+                f"of these; found {step!r}. Mend: a Likelihood with batch_dim = 1 (0 if the "
+                "samples come first) that sums over time itself."
+            )
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first must be True or False; found {batch_first!r}.")
+        self.step = step
+        self.batch_first = batch_first
+        self.batch_dim = 0 if batch_first else 1
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.step}, batch_first={self.batch_first})"
+
+    @override
+    @property
+    def takes_batches(self) -> bool:
+        return type(self) is TimeSeries and self.step.takes_batches
+
+    @override
+    def nll(self, outputs: Any, *rest: Any) -> Tensor:
+        losses = self.step.weighted_nll(*self._steps(outputs, rest, required=True))
+        return self._over_time(losses, outputs)
+
+    @override
+    def sample(self, outputs: Any) -> Tensor:
+        drawn = self.step.sample(self._steps(outputs, (), required=False)[0])
+        return drawn.reshape(*outputs.shape[:2], *drawn.shape[1:])
+
+    @override
+    def sampled_nll(self, outputs: Any, *rest: Any) -> Tensor:
+        losses = self.step.weighted_sampled_nll(*self._steps(outputs, rest, required=False))
+        return self._over_time(losses, outputs)
+
+    @override
+    def exact_terms(self, outputs: Any, *rest: Any) -> Tensor:
+        terms = self.step.weighted_exact_terms(*self._steps(outputs, rest, required=False))
+        terms = terms.reshape(len(terms), *outputs.shape[:2])
+        return (terms.transpose(1, 2) if self.batch_first else terms).flatten(0, 1)
+
+    def _over_time(self, losses: Tensor, outputs: Tensor) -> Tensor:
+        return losses.reshape(outputs.shape[:2]).sum(1 - self.batch_dim)
+
+    def _steps(
+        self, outputs: Any, rest: tuple[Any, ...], *, required: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Outputs, targets and mask, the first two dimensions as one: steps are the samples."""
+        outputs = real_tensor(outputs, type(self).__name__)
+        if outputs.dim() != 3:
+            raise InvalidBatch(
+                f"TimeSeries needs outputs [{self._order}, F]; found {describe(outputs)}. Mend: "
+                "the model's outputs, in forward."
+            )
+        targets = self.step.targets_in(rest, required=required)
+        if targets is not None and targets.shape[:2] != outputs.shape[:2]:
+            raise InvalidBatch(
+                f"TimeSeries needs targets [{self._order}] or [{self._order}, F] for outputs "
+                f"{list(outputs.shape)}; found {describe(targets)}. Mend: their shape, in "
+                f"target_transform, or TimeSeries(batch_first={not self.batch_first})."
+            )
+        mask = rest[1] if len(rest) > 1 and isinstance(rest[1], Tensor) else None
+        if mask is not None and mask.dim() < 2:
+            mask = None
+        if mask is not None and mask.shape != outputs.shape[:2]:
+            raise InvalidBatch(
+                f"TimeSeries needs a mask [{self._order}] for outputs {list(outputs.shape)}; "
+                f"found {describe(mask)}. Mend: its shape; or, if it is no mask, another place: "
+                "the tensor of two dimensions or more right after the targets is one."
+            )
+        return (
+            outputs.flatten(0, 1),
+            None if targets is None else targets.flatten(0, 1),
+            None if mask is None else mask.flatten(),
+        )
+
+    @property
+    def _order(self) -> str:
+        return "N, S" if self.batch_first else "S, N"
+
+
+def _redefines(step: Pointwise) -> bool:
+    """Whether a subclass computes something that `TimeSeries`, which goes beneath, would miss."""
+    return any(
+        getattr(type(step), name) is not getattr(Pointwise, name)
+        for name in ("nll", "sample", "sampled_nll", "exact_terms")
+    )

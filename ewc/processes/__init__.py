@@ -1,0 +1,1 @@
+"""Several processes: what they exchange, and how sharded parameters are laid out."""
