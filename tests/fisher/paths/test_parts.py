@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.fisher.test_broadcasting import Applied
+from tests.fisher.rules.test_broadcasting import Applied
+from tests.fisher.rules.test_rules import check, noise
 from tests.fisher.test_collection import collected
-from tests.fisher.test_rules import check, noise
 
 Function = Callable[[Tensor], Any]
 

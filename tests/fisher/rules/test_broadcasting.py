@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ewc import Custom
 from tests import oracle
+from tests.fisher.rules.test_rules import check, few, fewer, loss, noise, seeds, small
 from tests.fisher.test_collection import assert_close, collected
-from tests.fisher.test_rules import check, few, fewer, loss, noise, seeds, small
 
 Function = Callable[..., Any]
 
