@@ -6,6 +6,9 @@ let both through: a strength of `True` or `nan` must not reach a training run.
 
 import math
 from numbers import Integral, Real
+from typing import TypeVar
+
+_Word = TypeVar("_Word", bound=str)
 
 
 def number(what: str, value: object, *, low: float = 0.0, high: float = math.inf) -> float:
@@ -48,7 +51,7 @@ def positive_int(what: str, value: object) -> int:
     return int(value)
 
 
-def choice(what: str, value: object, allowed: tuple[str, ...]) -> str:
+def choice(what: str, value: _Word, allowed: tuple[_Word, ...]) -> _Word:
     """`value`, if it is one of the `allowed` words.
 
     Raises:

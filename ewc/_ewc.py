@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ewc._estimate import (
     silent_message,
     slow_message,
 )
+from ewc._options import FisherType, Reduction
 from ewc._summary import Summary
 from ewc.data.calling import Forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning
@@ -45,8 +46,9 @@ from ewc.quadratic.checkpoint import State, dump, restore
 from ewc.quadratic.penalty import result_dtype
 from ewc.quadratic.quadratic import Quadratic, snapshot
 
-_FISHER_TYPES = ("empirical", "exact", "mc")
-_REDUCTIONS = ("mean", "sum")
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _MEANS_TO_SUPPORT = {
     "exact": "exact_terms(outputs, *rest) -> [K, N]",
     "mc": "sample(outputs) -> targets",
@@ -112,16 +114,16 @@ class EWC:
         strength: float = 1.0,
         parameters: Iterable[str | tuple[str, nn.Parameter]] | None = None,
         forward: Forward | None = None,
-        fisher_type: str = "empirical",
-        reduction: str = "mean",
+        fisher_type: FisherType = "empirical",
+        reduction: Reduction = "mean",
         max_samples: int | None = None,
-        process_group: Any = None,
+        process_group: "ProcessGroup | None" = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; found {type(model).__name__}.")
         self.strength = strength
-        self._fisher_type = choice("fisher_type", fisher_type, _FISHER_TYPES)
-        self._reduction = choice("reduction", reduction, _REDUCTIONS)
+        self._fisher_type: FisherType = choice("fisher_type", fisher_type, get_args(FisherType))
+        self._reduction: Reduction = choice("reduction", reduction, get_args(Reduction))
         self._likelihood = self._checked_likelihood(likelihood)
         self._forward = _checked_forward(forward)
         self._max_samples = (

@@ -5,19 +5,24 @@ curvature is the Fisher decayed once more, plus a prior.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ewc._checks import number
 from ewc._ewc import EWC
+from ewc._options import FisherType, Reduction
+from ewc.data.calling import Forward
 from ewc.errors import NothingProtectedWarning
 from ewc.likelihoods import Likelihood
 from ewc.model.names import find, named_parameters, nearest
 from ewc.processes.layout import laid_out_as
 from ewc.quadratic.quadratic import Quadratic
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class OnlineEWC(EWC):
@@ -72,11 +77,11 @@ class OnlineEWC(EWC):
         *,
         strength: float = 1.0,
         parameters: Iterable[str | tuple[str, nn.Parameter]] | None = None,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
-        fisher_type: str = "empirical",
-        reduction: str = "mean",
+        forward: Forward | None = None,
+        fisher_type: FisherType = "empirical",
+        reduction: Reduction = "mean",
         max_samples: int | None = None,
-        process_group: Any = None,
+        process_group: "ProcessGroup | None" = None,
         decay: float = 1.0,
         prior_precision: float | Mapping[str, Tensor] = 0.0,
     ) -> None:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ewc._checks import positive_int
+from ewc._options import Method
 from ewc.processes.layout import Groups, local, summed_over
 from ewc.processes.ranks import maximum, total
 
-_PATHS = {
+_PATHS: dict[Method, str] = {
     "rule": "closed form",
     "vmap": "per-sample gradients",
     "loop": "one sample at a time, slow",
@@ -56,7 +57,7 @@ class Summary:
     `repr(summary)` is a few lines; `print(summary)` adds a `table` of the parameters.
 
     Attributes:
-        task: How many tasks have been consolidated, this one included.
+        n_tasks: How many tasks have been consolidated, this one included.
         samples: Samples of this consolidation, over all processes.
         parameters: The curvature of each protected parameter, with `entries`, `trace`, `largest`
             and `mean`.
@@ -66,10 +67,10 @@ class Summary:
         reasons: Why the parameters that went one sample at a time did so.
     """
 
-    task: int
+    n_tasks: int
     samples: int
     parameters: Mapping[str, Curvature]
-    paths: Mapping[str, str]
+    paths: Mapping[str, Method]
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -96,13 +97,13 @@ class Summary:
 
     def __repr__(self) -> str:
         lines = self._head()
-        groups: dict[tuple[str, str], list[str]] = {}
+        groups: dict[tuple[Method, str], list[str]] = {}
         for name, path in self.paths.items():
             groups.setdefault((path, self.reasons.get(name, "")), []).append(name)
         for (path, reason), names in groups.items():
             shown = ", ".join(names[:_SHOWN])
             more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
-            lines.append(f"  {path} ({_PATHS.get(path, path)}): {shown}{more}")
+            lines.append(f"  {path} ({_PATHS[path]}): {shown}{more}")
             if reason:
                 lines.append(f"    because {reason}")
         return "\n".join(lines)
@@ -143,7 +144,7 @@ class Summary:
 
     def _head(self) -> list[str]:
         return [
-            f"Task {self.task}: {self.samples} samples, trace {self.trace:.4g}, "
+            f"Task {self.n_tasks}: {self.samples} samples, trace {self.trace:.4g}, "
             f"largest entry {self.largest:.4g}",
             f"  stable steps: lr * strength < {self.bound:.4g}",
         ]

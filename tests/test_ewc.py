@@ -83,7 +83,7 @@ class TestConsolidate:
         summary = ewc.consolidate(task)
         assert_close(ewc.fisher, expected)
         assert same(ewc.anchor, dict(model.state_dict()))
-        assert ewc.n_tasks == summary.task == 1
+        assert ewc.n_tasks == summary.n_tasks == 1
         assert summary.samples == 8
         assert summary.trace == pytest.approx(sum(f.sum().item() for f in expected.values()), 1e-4)
         assert summary.largest == pytest.approx(

@@ -6,7 +6,7 @@ import torch
 from ewc._summary import Curvature, Summary, fold, measure, together
 
 SUMMARY = Summary(
-    task=2,
+    n_tasks=2,
     samples=60,
     parameters={
         "0.weight": Curvature(1200, 9.0, 0.25),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ewc._options import FisherType, Method
 from ewc.data.batch import Batch
 from ewc.data.calling import Forward, apply
 from ewc.errors import InvalidBatch
@@ -46,7 +47,7 @@ class Pass:
         sums: dict[str, Tensor],
         likelihood: Likelihood,
         forward: Forward | None,
-        fisher_type: str,
+        fisher_type: FisherType,
         guard: Guard,
         randomness: Randomness,
     ) -> None:
@@ -140,9 +141,9 @@ class Pass:
                 return
 
     @property
-    def paths(self) -> dict[str, str]:
+    def paths(self) -> dict[str, Method]:
         """Which path computed each parameter."""
-        paths = dict.fromkeys(self.sums, "unused")
+        paths: dict[str, Method] = dict.fromkeys(self.sums, "unused")
         if self._fast is not None:
             paths.update(dict.fromkeys(self._fast.by_rule, "rule"))
             paths.update(dict.fromkeys(self._fast.by_copy, "vmap"))

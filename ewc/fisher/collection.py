@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ewc._options import FisherType, Method
 from ewc.data.calling import Forward
 from ewc.errors import InvalidBatch
 from ewc.fisher.accumulation import Pass
@@ -43,7 +44,7 @@ class Squares:
     sums: dict[str, Tensor]
     samples: int
     truncated: bool
-    paths: dict[str, str]
+    paths: dict[str, Method]
     reasons: dict[str, str]
     slow: bool
 
@@ -55,7 +56,7 @@ def collect(
     *,
     likelihood: Likelihood,
     forward: Forward | None,
-    fisher_type: str,
+    fisher_type: FisherType,
     max_samples: int | None,
     generator: torch.Generator | None,
     ranks: Ranks = ALONE,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ewc import _vmap
+from ewc._options import FisherType
 from ewc.errors import InvalidBatch
 from ewc.likelihoods import Likelihood
 
@@ -23,7 +24,11 @@ class Opaque(Exception):  # noqa: N818 - it says what is the case, as StopIterat
 
 
 def terms(
-    likelihood: Likelihood, fisher_type: str, outputs: Any, rest: tuple[Any, ...], samples: int
+    likelihood: Likelihood,
+    fisher_type: FisherType,
+    outputs: Any,
+    rest: tuple[Any, ...],
+    samples: int,
 ) -> Tensor:
     """The terms of `samples` samples, `[K, samples]`.
 

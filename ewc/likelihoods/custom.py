@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
+from ewc._options import FisherType
 from ewc.likelihoods._arguments import function, integer
 from ewc.likelihoods.likelihood import Likelihood
 
@@ -60,7 +61,7 @@ class Custom(Likelihood):
         return self._sample(outputs)
 
     @override
-    def supports(self, fisher_type: str) -> bool:
+    def supports(self, fisher_type: FisherType) -> bool:
         if fisher_type == "mc" and self._sample is None:
             return False
         return super().supports(fisher_type)

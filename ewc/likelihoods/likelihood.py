@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ewc._options import FisherType
+
 
 class Likelihood(ABC):
     """The base class of likelihoods; one obligation: `nll`.
@@ -80,7 +82,7 @@ class Likelihood(ABC):
             'fisher_type="empirical".'
         )
 
-    def supports(self, fisher_type: str) -> bool:
+    def supports(self, fisher_type: FisherType) -> bool:
         """Whether what `fisher_type` needs is defined.
 
         Raises:

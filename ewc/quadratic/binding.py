@@ -107,7 +107,7 @@ class Binding:
     def summary(self, squares: Squares) -> Summary:
         """What there is to say after a consolidation that collected `squares`."""
         return Summary(
-            task=self.state.n_tasks,
+            n_tasks=self.state.n_tasks,
             samples=squares.samples,
             parameters=measure(self._precisions),
             paths=dict(squares.paths),
