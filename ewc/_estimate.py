@@ -42,8 +42,8 @@ def silent_in(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
     """
     device = next(iter(fisher.values())).device
     loud = torch.stack([local(one).any().to(device) for one in fisher.values()])
-    ranks.meet("what is zero")
-    heard = ranks.largest(loud.to(torch.uint8)).tolist()
+    ranks.barrier("what is zero")
+    heard = ranks.maximum(loud.to(torch.uint8)).tolist()
     silent = [name for name, one in zip(fisher, heard, strict=True) if not one]
     if len(silent) == len(fisher):
         raise ValueError(

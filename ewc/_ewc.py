@@ -39,8 +39,8 @@ from ewc.model.names import (
     unwrap,
 )
 from ewc.model.randomness import Randomness
-from ewc.processes.layout import has_shards
-from ewc.processes.ranks import ALONE, ranks_of, wrapper_group
+from ewc.processes.layout import has_sharded_parameters
+from ewc.processes.ranks import SINGLE_PROCESS, ranks_of, wrapper_group
 from ewc.quadratic.binding import Binding, check_fit, traced_penalty
 from ewc.quadratic.checkpoint import State, dump, restore
 from ewc.quadratic.penalty import result_dtype
@@ -279,7 +279,7 @@ class EWC:
                         )
                 if squares.slow and not self._state.warned_slow:
                     warnings.warn(slow_message(squares), SlowPathWarning, stacklevel=2)
-                ranks.meet("the end")
+                ranks.barrier("the end")
         self._state, self._binding = binding.state, binding
         return summary
 
@@ -353,7 +353,11 @@ class EWC:
                 free until the next consolidation.
             NothingProtectedWarning: Instead, where the state protects nothing at all.
         """
-        ranks = ranks_of(self._model, self._process_group) if has_shards(self._model) else ALONE
+        ranks = (
+            ranks_of(self._model, self._process_group)
+            if has_sharded_parameters(self._model)
+            else SINGLE_PROCESS
+        )
         with ranks.all_or_none(), torch.inference_mode(False), torch.no_grad():
             restored = restore(
                 state,
@@ -362,7 +366,7 @@ class EWC:
                 configuration=self._configuration(),
                 ranks=ranks,
             )
-            ranks.meet("the end")
+            ranks.barrier("the end")
         self._state = replace(
             restored, warned=self._state.warned, warned_slow=self._state.warned_slow
         )

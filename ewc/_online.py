@@ -18,7 +18,7 @@ from ewc.data.calling import Forward
 from ewc.errors import NothingProtectedWarning
 from ewc.likelihoods import Likelihood
 from ewc.model.names import find, named_parameters, nearest
-from ewc.processes.layout import laid_out_as
+from ewc.processes.layout import with_layout_of
 from ewc.quadratic.quadratic import Quadratic
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class OnlineEWC(EWC):
         prior = self._prior[name].to(fisher.device, fisher.dtype)
         if prior.dim() and prior.shape[0] < fisher.shape[0]:
             prior = torch.cat([prior, prior.new_zeros(fisher[prior.shape[0] :].shape)])
-        return fisher + laid_out_as(prior, fisher)
+        return fisher + with_layout_of(prior, fisher)
 
 
 def _checked_priors(priors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ewc._checks import positive_int
 from ewc._options import Method
-from ewc.processes.layout import Groups, local, summed_over
+from ewc.processes.layout import Groups, local, shard_groups
 from ewc.processes.ranks import maximum, total
 
 _PATHS: dict[Method, str] = {
@@ -196,7 +196,7 @@ def measure(curvatures: Mapping[str, Tensor]) -> dict[str, Curvature]:
     """
     spread: dict[Groups, list[str]] = {}
     for name, tensor in curvatures.items():
-        spread.setdefault(summed_over(tensor), []).append(name)
+        spread.setdefault(shard_groups(tensor), []).append(name)
     found = {}
     for groups, names in spread.items():
         parts = [local(curvatures[name]) for name in names]

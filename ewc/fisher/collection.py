@@ -19,8 +19,8 @@ from ewc.fisher.sharded.lockstep import InStep
 from ewc.likelihoods import Likelihood
 from ewc.model.guard import Guard
 from ewc.model.randomness import Randomness
-from ewc.processes.layout import has_shards, is_sharded
-from ewc.processes.ranks import ALONE, Ranks
+from ewc.processes.layout import has_sharded_parameters, is_sharded
+from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 
 _PATHS = ("unused", "rule", "vmap", "loop")  # of several, the last is told
 
@@ -59,7 +59,7 @@ def collect(
     fisher_type: FisherType,
     max_samples: int | None,
     generator: torch.Generator | None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> Squares:
     """Sum the squared gradients of every sample, each run through the model alone, in eval mode.
 
@@ -86,14 +86,14 @@ def collect(
         sums = {name: _zeros(each) for name, each in parameters.items()}
         stack.enter_context(torch.enable_grad())
         stack.enter_context(without_compilation())
-        if has_shards(model):
+        if has_sharded_parameters(model):
             layers = stack.enter_context(Layers(model, parameters, ranks))
             parameters = layers.parameters
         guard = stack.enter_context(Guard(model))
         refuse_batch_statistics(model)
         randomness = Randomness(parameter.device for parameter in parameters.values())
         if fisher_type == "mc":
-            randomness.seed_from(generator, ranks.index)
+            randomness.seed_from(generator, ranks.data_rank)
         arguments = model, parameters, sums, likelihood, forward, fisher_type, guard, randomness
         run = Pass(*arguments) if layers is None else InStep(layers, ranks, *arguments)
         quota = None if max_samples is None else ranks.quota(max_samples)
@@ -106,15 +106,15 @@ def collect(
 
 def _together(run: Pass, truncated: bool, ranks: Ranks) -> Squares:
     """What all processes have found."""
-    ranks.meet("the sums")
-    samples = ranks.count(run.samples)
+    ranks.barrier("the sums")
+    samples = ranks.sum(run.samples)
     if samples == 0:
         raise ValueError(
             "expected at least one sample to estimate the Fisher information; the batches "
             "held none. A generator can be run through only once: pass a fresh one"
         )
-    ranks.add_up(each for each in run.sums.values() if not is_sharded(each))
-    found = ranks.gather((run.paths, run.reasons, truncated, run.slow))
+    ranks.all_reduce(each for each in run.sums.values() if not is_sharded(each))
+    found = ranks.all_gather((run.paths, run.reasons, truncated, run.slow))
     paths, reasons, cut, slow = zip(*found, strict=True)
     return Squares(
         run.sums,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ewc.processes.layout import is_keeper, sharded_behind
+from ewc.processes.layout import is_fsdp_module, sharded_original
 
 # Where a wrapper's class is defined, its name, and the child that holds the module inside. A class
 # whose module was never imported has no instances: looking it up there imports nothing.
@@ -233,10 +233,10 @@ def _walk(
     if module in visited:
         return
     visited.add(module)
-    keeper = module if is_keeper(module) else keeper
+    keeper = module if is_fsdp_module(module) else keeper
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            yield prefix + name, sharded_behind(keeper, parameter)
+            yield prefix + name, sharded_original(keeper, parameter)
     for name, child in module._modules.items():
         if child is not None:
             yield from _walk(unwrap(child), f"{prefix}{name}.", visited, keeper)
@@ -261,14 +261,14 @@ class _Place:
     @property
     def parameter(self) -> nn.Parameter:
         """What is there now; the sharded one, also while it is held whole."""
-        return sharded_behind(self.keeper, self.registry[self.key])
+        return sharded_original(self.keeper, self.registry[self.key])
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether `parameter` is still there."""
         found = _entry(self.registry, self.key)
         if found is parameter:
             return True
-        return found is not None and sharded_behind(self.keeper, found) is parameter
+        return found is not None and sharded_original(self.keeper, found) is parameter
 
 
 def _place(model: nn.Module, name: str) -> _Place | None:
@@ -276,7 +276,7 @@ def _place(model: nn.Module, name: str) -> _Place | None:
     *owners, last = name.split(".")
     edges: list[tuple[dict[str, Any], str]] = []
     module = model
-    keeper = module if is_keeper(module) else None
+    keeper = module if is_fsdp_module(module) else None
     for owner in owners:
         edges.append((module._modules, owner))
         child = _entry(module._modules, owner)
@@ -288,7 +288,7 @@ def _place(model: nn.Module, name: str) -> _Place | None:
             inner = module._modules[key]
             assert inner is not None
             module = inner
-        keeper = module if is_keeper(module) else keeper
+        keeper = module if is_fsdp_module(module) else keeper
     if _entry(module._parameters, last) is None:
         return None
     return _Place(edges, module._parameters, last, keeper)

@@ -44,7 +44,7 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
     )
 
 
-def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+def with_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor`, distributed over processes as `other` is.
 
     A collective where `tensor` is sharded otherwise. A whole tensor is taken to be the same on
@@ -62,7 +62,7 @@ def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
     return everywhere.redistribute(mesh, other.placements)  # type: ignore[attr-defined]
 
 
-def summed_over(tensor: Tensor) -> Groups:
+def shard_groups(tensor: Tensor) -> Groups:
     """The groups over which parts must be added up to give the sum over the whole tensor."""
     if not is_sharded(tensor):
         return ()
@@ -87,27 +87,27 @@ def mesh_groups(tensors: Iterable[Tensor]) -> list[Any]:
 # What `fully_shard` does to a module.
 
 
-def sharding_states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+def fsdp_states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
     """The modules that `fully_shard` was applied to, and what it keeps about each."""
     for module in model.modules():
-        if is_keeper(module):
+        if is_fsdp_module(module):
             yield module, module._get_fsdp_state()  # type: ignore[operator]
 
 
-def has_shards(model: nn.Module) -> bool:
+def has_sharded_parameters(model: nn.Module) -> bool:
     """Whether parameters of a model are sharded, even if they are held whole for a while."""
-    return any(map(is_sharded, model.parameters())) or any(True for _ in sharding_states(model))
+    return any(map(is_sharded, model.parameters())) or any(True for _ in fsdp_states(model))
 
 
 def data_mesh(model: nn.Module) -> Any:
     """The mesh that `fully_shard` shards parameters and data over; None if it was not applied."""
-    for _, state in sharding_states(model):
+    for _, state in fsdp_states(model):
         for group in state._fsdp_param_groups:
             return group.mesh_info.mesh
     return None
 
 
-def sharded_behind(keeper: nn.Module | None, parameter: nn.Parameter) -> nn.Parameter:
+def sharded_original(keeper: nn.Module | None, parameter: nn.Parameter) -> nn.Parameter:
     """The sharded parameter in whose place `fully_shard` has put `parameter` for a while.
 
     Between forward and backward a module holds its parameters whole. It is the sharded one that
@@ -130,7 +130,7 @@ def sharded_behind(keeper: nn.Module | None, parameter: nn.Parameter) -> nn.Para
     return parameter
 
 
-def is_keeper(module: nn.Module) -> bool:
+def is_fsdp_module(module: nn.Module) -> bool:
     """Whether `fully_shard` was applied to the module."""
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return kind is not None and isinstance(module, kind)

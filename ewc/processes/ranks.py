@@ -57,21 +57,21 @@ class Ranks:
         return count
 
     @property
-    def index(self) -> int:
+    def data_rank(self) -> int:
         """The place of this process among those that share the data."""
         place = 0
         for group in self._data:
             place = place * dist.get_world_size(group) + dist.get_rank(group)
         return place
 
-    def shares(self, group: Any) -> bool:
+    def shards_data_over(self, group: Any) -> bool:
         """Whether the data is sharded over the ranks of a group."""
         ranks = dist.get_process_group_ranks(group)
         return any(dist.get_process_group_ranks(each) == ranks for each in self._data)
 
     def quota(self, samples: int) -> int:
         """How many of so many samples are this process's."""
-        return samples // self.sharing + int(self.index < samples % self.sharing)
+        return samples // self.sharing + int(self.data_rank < samples % self.sharing)
 
     @contextmanager
     def all_or_none(self) -> Iterator[None]:
@@ -94,7 +94,7 @@ class Ranks:
             self._tell(error)
             raise
 
-    def meet(self, where: str, flag: bool = False) -> bool:
+    def barrier(self, where: str, flag: bool = False) -> bool:
         """Wait until all processes are here, and say whether any of them has raised the flag.
 
         Args:
@@ -126,8 +126,8 @@ class Ranks:
         """
         if not self.together:
             return
-        self.meet("agreement")
-        everyone = self.gather((dist.get_rank(), dict(what)))
+        self.barrier("agreement")
+        everyone = self.all_gather((dist.get_rank(), dict(what)))
         problems = []
         for key in dict.fromkeys(key for _, values in everyone for key in values):
             found: dict[str, list[int]] = {}
@@ -143,7 +143,7 @@ class Ranks:
                 + "\nBuild model and EWC in the same way on all of them"
             )
 
-    def gather(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         """The value of every process. They must have met."""
         values = [value]
         for group in self._all:
@@ -155,13 +155,13 @@ class Ranks:
     def first(self, value: Value | None) -> Value | None:
         """The value of the first process that has one. They must have met."""
         rank = dist.get_rank() if self.together else 0
-        having = [one for one, has in self.gather((rank, value is not None)) if has]
+        having = [one for one, has in self.all_gather((rank, value is not None)) if has]
         if not having:
             return None
-        sent = self.gather(value if rank == having[0] else None)
+        sent = self.all_gather(value if rank == having[0] else None)
         return next(one for one in sent if one is not None)
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Add up tensors over all that share the data, in place. They must have met."""
         tensors = list(tensors)
         for group in self._data:
@@ -170,13 +170,13 @@ class Ranks:
                 assert work is not None
                 work.wait()
 
-    def count(self, number: int) -> int:
+    def sum(self, number: int) -> int:
         """The sum of a number over all that share the data. They must have met."""
         total = torch.tensor(number, device=self._device)
-        self.add_up([total])
+        self.all_reduce([total])
         return int(total)
 
-    def largest(self, values: Tensor) -> Tensor:
+    def maximum(self, values: Tensor) -> Tensor:
         """The largest value on any process, entry by entry. They must have met."""
         return maximum(values, self._all)
 
@@ -194,7 +194,7 @@ class Ranks:
     def _told(self, error: BaseException | None) -> str:
         """What failed where, once all know that something did."""
         own = None if error is None else f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-        failures = [each for each in self.gather(own) if each is not None]
+        failures = [each for each in self.all_gather(own) if each is not None]
         return (
             "expected every process to finish; found a failure elsewhere, and nothing was changed "
             "on any of them. " + "\n".join(failures)
@@ -262,7 +262,7 @@ def ranks_of(model: nn.Module, process_group: Any) -> Ranks:
         ValueError: The group does not go with the way the parameters are sharded.
     """
     if not dist.is_available() or not dist.is_initialized():
-        return ALONE
+        return SINGLE_PROCESS
     parameters = list(model.parameters())
     device = next((p.device for p in parameters), torch.device("cpu"))
     sharded = [p for p in parameters if is_sharded(p)]
@@ -328,5 +328,5 @@ def _listed(ranks: list[int]) -> str:
     return f"{word} {', '.join(map(str, sorted(ranks)))}"
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 """One process, whatever else there is."""

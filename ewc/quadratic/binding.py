@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ewc._summary import Summary, measure
 from ewc.fisher import Squares
 from ewc.model.names import Live, check_materialised, find, is_parametrized
-from ewc.processes.layout import Groups, is_sharded, local, summed_over
+from ewc.processes.layout import Groups, is_sharded, local, shard_groups
 from ewc.processes.ranks import leads, summed
 from ewc.quadratic.checkpoint import State
 from ewc.quadratic.penalty import Penalty, expression
@@ -71,7 +71,7 @@ class Binding:
         constants = [known.constant for known in quadratics.values()]
         members: dict[Groups, list[int]] = {}
         for place, parameter in enumerate(parameters):
-            members.setdefault(summed_over(parameter), []).append(place)
+            members.setdefault(shard_groups(parameter), []).append(place)
         self._parts = [
             _Part(
                 groups,
@@ -126,7 +126,7 @@ def traced_penalty(model: nn.Module, state: State, precision: Precision, strengt
         parameter = find(model, name)
         if parameter is None or not fits(known.anchor.shape, parameter.shape):
             raise ValueError(f"{name!r} is gone or has changed its shape.")
-        part = members.setdefault(summed_over(parameter), ([], [], [], []))
+        part = members.setdefault(shard_groups(parameter), ([], [], [], []))
         part[0].append(local(covered(parameter, known.anchor)))
         part[1].append(local(precision(name, known)))
         part[2].append(local(known.anchor))

@@ -131,7 +131,7 @@ def restore(
             "This state does not fit, and nothing was loaded:\n"
             + "\n".join(f"  - {problem}" for problem in reader.problems)
         )
-    ranks.meet("the state's tensors")
+    ranks.barrier("the state's tensors")
     quadratics = {name: one.beside(reader.parameters[name]) for name, one in found.items()}
     unknown = [name for name in protected if name not in reader.names]
     notes = [*reader.grown, *(f"{name!r} is not in the state" for name in unknown)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ewc.processes.layout import laid_out_as, whole
+from ewc.processes.layout import whole, with_layout_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Quadratic:
         # No narrower than the Fisher, which a loaded state may have as float64 and it as float32.
         wide = anchor_dtype(parameter, self.anchor.dtype, fisher.dtype)
         anchor = self.anchor.to(parameter.device, wide)
-        fisher, anchor = laid_out_as(fisher, parameter), laid_out_as(anchor, parameter)
+        fisher, anchor = with_layout_of(fisher, parameter), with_layout_of(anchor, parameter)
         if fisher is self.fisher and anchor is self.anchor:
             return self
         return Quadratic(fisher, anchor, self.constant)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
 from ewc import _vmap
-from ewc.processes.layout import is_sharded, local, sharding_states
+from ewc.processes.layout import fsdp_states, is_sharded, local
 from ewc.processes.ranks import Ranks
 
 _PARALLEL = ("torch.distributed.fsdp", "torch.distributed.tensor")
@@ -124,7 +124,7 @@ class Layers:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            for module, _ in sharding_states(self._model):
+            for module, _ in fsdp_states(self._model):
                 module.reshard()  # type: ignore[operator]
             modules = self._divide()
             for module in self._model.modules():
@@ -199,7 +199,7 @@ class Layers:
                 places.setdefault(id(parameter), []).append((module, key))
         modules: dict[tuple[nn.Module, _Layer], bool] = {}
         taken: set[int] = set()
-        for module, state in sharding_states(self._model):
+        for module, state in fsdp_states(self._model):
             if module is not state._modules[0]:
                 continue
             policy = state._mp_policy
@@ -266,7 +266,7 @@ class Layers:
 
     def _gather(self, layer: _Layer) -> None:
         with _outside():
-            self._ranks.meet(f"the parameters of {layer.name!r}")
+            self._ranks.barrier(f"the parameters of {layer.name!r}")
             for weight in layer.weights:
                 weight.stand_in.data = _gathered(weight.parameter, weight.away)
                 storage = weight.stand_in.data.untyped_storage()
@@ -310,7 +310,7 @@ class Layers:
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         with _outside():
-            self._ranks.meet(f"the squares of {layer.name!r}")
+            self._ranks.barrier(f"the squares of {layer.name!r}")
             for weight, total in found:
                 weight.total = None
                 assert weight.name is not None
@@ -319,7 +319,9 @@ class Layers:
                 mesh = weight.parameter.device_mesh  # type: ignore[attr-defined]
                 summands = total if self._counts else total.zero_()
                 groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
-                start = [Partial() if self._ranks.shares(g) else Replicate() for g in groups]
+                start = [
+                    Partial() if self._ranks.shards_data_over(g) else Replicate() for g in groups
+                ]
                 spread = DTensor.from_local(summands, mesh, start, run_check=False)
                 spread = spread.redistribute(mesh, weight.parameter.placements)  # type: ignore[attr-defined]
                 part = local(self._target[weight.name])

@@ -60,7 +60,7 @@ class InStep(Pass):
         self._trying = False
         pieces = self._pieces(read if first is None else chain([first], read))
         piece = next(pieces, None)
-        while self._ranks.meet("the next samples", piece is not None):
+        while self._ranks.barrier("the next samples", piece is not None):
             self._counts = piece is not None
             self._add(trial.take(0, 1) if piece is None else piece)
             if piece is not None:
@@ -74,7 +74,7 @@ class InStep(Pass):
     def _shared(self, own: Batch | None) -> Batch | None:
         """The samples of the first process that has some, for all."""
         raw = None if own is None else (self._reread(own.raw, torch.device("cpu")).raw,)
-        self._ranks.meet("the first samples")
+        self._ranks.barrier("the first samples")
         found = self._ranks.first(raw)
         return None if found is None else self._reread(found[0], self._device)
 
@@ -126,9 +126,9 @@ class InStep(Pass):
     def _differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
         found = {name: local(each) for name, each in found.items()}
         expected = {name: local(each) for name, each in expected.items()}
-        self._ranks.meet("the comparison")
-        scales = self._ranks.largest(torch.tensor(largest(expected), dtype=torch.float64))
-        names = self._ranks.gather(differing(found, expected, scales.tolist()))
+        self._ranks.barrier("the comparison")
+        scales = self._ranks.maximum(torch.tensor(largest(expected), dtype=torch.float64))
+        names = self._ranks.all_gather(differing(found, expected, scales.tolist()))
         return set().union(*names)
 
     @override
