@@ -1,62 +1,96 @@
-"""Checks of plain numbers, one message style for all of them.
+"""Checks of arguments, with one style of message: `X must be Y; found Z`.
 
-`bool` is an `int` in Python and `nan` compares false with everything, so the obvious comparisons
-let both through: a strength of `True` or `nan` must not reach a training run.
+In Python `bool` is an `int`, and every comparison with `nan` is false, so plain comparisons accept
+both: a strength of `True` or `nan` would reach a training run.
 """
 
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TypeVar
+
+from torch import nn
 
 _Word = TypeVar("_Word", bound=str)
 
 
-def number(what: str, value: object, *, low: float = 0.0, high: float = math.inf) -> float:
+def number(name: str, value: object, *, low: float = 0.0, high: float = math.inf) -> float:
     """`value` as a float, if it is a finite real number in `[low, high]`.
 
     Raises:
         TypeError: `value` is not a plain real number.
-        ValueError: it is not finite, or out of range.
+        ValueError: `value` is not finite, or out of range.
     """
-    allowed = f"a finite number >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    rule = f"a finite number >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{what} must be {allowed}; found {value!r} ({type(value).__name__}).")
+        raise TypeError(f"{name} must be {rule}; found {value!r} ({type(value).__name__}).")
     found = as_float(value)
     if not math.isfinite(found) or not low <= found <= high:
-        raise ValueError(f"{what} must be {allowed}; found {value!r}.")
+        raise ValueError(f"{name} must be {rule}; found {value!r}.")
     return found
 
 
 def as_float(value: Real) -> float:
-    """The nearest float; infinite for an integer that is too large for one."""
+    """The nearest float; infinity for an integer that is too large for a float."""
     try:
         return float(value)
     except OverflowError:
         return math.inf
 
 
-def positive_int(what: str, value: object) -> int:
-    """`value` as an int, if it is one and at least 1.
+def positive_int(name: str, value: object) -> int:
+    """`value` as an int, if it is an integer and at least 1.
 
     Raises:
         TypeError: `value` is not an integer.
-        ValueError: it is less than 1.
+        ValueError: `value` is less than 1.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(
-            f"{what} must be a positive integer; found {value!r} ({type(value).__name__})."
+            f"{name} must be a positive integer; found {value!r} ({type(value).__name__})."
         )
     if value < 1:
-        raise ValueError(f"{what} must be a positive integer; found {value!r}.")
+        raise ValueError(f"{name} must be a positive integer; found {value!r}.")
     return int(value)
 
 
-def choice(what: str, value: _Word, allowed: tuple[_Word, ...]) -> _Word:
-    """`value`, if it is one of the `allowed` words.
+def choice(name: str, value: object, allowed: tuple[_Word, ...]) -> _Word:
+    """`value`, if it is one of the `allowed` strings.
 
     Raises:
-        ValueError: it is not.
+        ValueError: `value` is not one of them.
     """
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}; found {value!r}.")
-    return value
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; found {value!r}.")
+    return allowed[allowed.index(value)]
+
+
+def check_initialised(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse lazy parameters: the next forward pass would initialise them, and change the model.
+
+    Raises:
+        ValueError: Parameters are lazy; the message lists them.
+    """
+    lazy = [name for name, parameter in parameters if nn.parameter.is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"Parameters must be initialised; found lazy ones: {', '.join(map(repr, lazy))}. "
+            "Fix: run one forward pass first."
+        )
+
+
+def check_materialised(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse parameters that have no values.
+
+    Raises:
+        ValueError: Parameters are lazy, or on the meta device; the message lists them.
+    """
+    named = list(parameters)
+    check_initialised(named)
+    meta = [name for name, parameter in named if parameter.is_meta]
+    if meta:
+        raise ValueError(
+            "Parameters must have values; found some on the meta device: "
+            f"{', '.join(map(repr, meta))}. Fix: materialise the model first, for instance with "
+            "model.to_empty(device=...) and load_state_dict."
+        )

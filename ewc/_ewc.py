@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ewc._checks import choice, number, positive_int
+from ewc._checks import check_initialised, check_materialised, choice, number, positive_int
 from ewc._estimate import (
     refuse_non_finite,
     samples_in,
@@ -28,17 +28,9 @@ from ewc.data.calling import Forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning
 from ewc.fisher import collect
 from ewc.likelihoods import Likelihood
-from ewc.model.names import (
-    check_initialised,
-    check_materialised,
-    find,
-    in_order,
-    named_parameters,
-    nearest,
-    select,
-    unwrap,
-)
+from ewc.model.names import find, in_order, named_parameters, nearest, unwrap
 from ewc.model.randomness import Randomness
+from ewc.model.selection import select
 from ewc.processes.layout import has_sharded_parameters
 from ewc.processes.ranks import SINGLE_PROCESS, ranks_of, wrapper_group
 from ewc.quadratic.binding import Binding, check_fit, traced_penalty

@@ -1,1 +1,1 @@
-"""A model: the names of its parameters, and what must be as before after running it."""
+"""The model's side: names of its parameters, live bindings to them, and what a run must restore."""

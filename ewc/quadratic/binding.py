@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from ewc._checks import check_materialised
 from ewc._summary import Summary, measure
 from ewc.fisher import Squares
-from ewc.model.names import Live, check_materialised, find, is_parametrized
+from ewc.model.live import LiveParameters
+from ewc.model.names import find, is_parametrized
 from ewc.processes.layout import Groups, is_sharded, local, shard_groups
 from ewc.processes.ranks import leads, summed
 from ewc.quadratic.checkpoint import State
@@ -52,7 +54,7 @@ class Binding:
     """
 
     def __init__(self, model: nn.Module, state: State, precision: Precision) -> None:
-        self._live = Live(model, state.quadratics)
+        self._live = LiveParameters(model, state.quadratics)
         parameters = self._live.parameters
         quadratics = {
             name: known.beside(parameter)
@@ -88,7 +90,7 @@ class Binding:
 
     def holds(self, state: State) -> bool:
         """Whether this is still the binding of `state` to the model as it is."""
-        return self.state is state and self._live.holds()
+        return self.state is state and self._live.is_current()
 
     def penalty(self, strength: float) -> Tensor:
         """The penalty at the parameters' present values."""

@@ -185,31 +185,32 @@ def test_row_04a_parameters_that_are_not_the_models_or_frozen(kind):
 
 
 def test_row_05_lazy_parameters(kind):
-    with raises(ValueError, "'0.weight' is lazy", "Run a forward first"):
+    with raises(ValueError, "found lazy ones: '0.weight', '0.bias'", "Fix: run one forward pass"):
         kind(nn.Sequential(nn.LazyLinear(3)), Classification())
 
 
 def test_row_05_lazy_elsewhere(kind):
     # Its first forward would be that of the consolidation, and would change the model.
     model = nn.Sequential(nn.Linear(5, 4), nn.LazyLinear(3))
-    with raises(ValueError, "'1.weight' is lazy", "Run a forward first"):
+    with raises(ValueError, "found lazy ones: '1.weight', '1.bias'", "Fix: run one forward pass"):
         kind(model, Classification(), parameters=["0.weight"])
 
 
 def test_row_05_meta_parameters(kind):
-    with raises(ValueError, "'0.weight' is on the meta device", "Materialise first"):
+    names = "'0.weight', '0.bias', '2.weight', '2.bias'"
+    with raises(ValueError, f"on the meta device: {names}", "Fix: materialise the model first"):
         kind(make_model(device="meta"), Classification())
 
 
 @pytest.mark.parametrize(
     ("module", "what"),
-    [(nn.LazyLinear(2), "is lazy"), (nn.Linear(3, 2, device="meta"), "is on the meta device")],
+    [(nn.LazyLinear(2), "lazy ones"), (nn.Linear(3, 2, device="meta"), "on the meta device")],
 )
 def test_row_05_added_later(kind, module, what):
     model, ewc = make(kind)
     model.append(copy.deepcopy(module))
     fisher = ewc.fisher
-    with raises(ValueError, f"'3.weight' {what}"):
+    with raises(ValueError, f"{what}: '3.weight', '3.bias'"):
         ewc.consolidate(make_task())
     assert ewc.n_tasks == 1
     assert all(torch.equal(one, fisher[name]) for name, one in ewc.fisher.items())

@@ -144,7 +144,7 @@ def test_row_25a_on_the_meta_device(kind):
         ewc.state_dict,
         lambda: ewc.load_state_dict(state),
     ):
-        with raises(ValueError, "'0.weight' is on the meta device", "aterialise"):
+        with raises(ValueError, "'0.weight'", "on the meta device", "aterialise"):
             refused()
         assert ewc.n_tasks == 1
         assert same_state(ewc, fisher, anchor)

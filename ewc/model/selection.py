@@ -1,0 +1,79 @@
+"""The argument `parameters`: which parameters of a model are protected."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from ewc.model.names import find, named_parameters, nearest, unwrap
+
+
+def select(
+    model: nn.Module, parameters: Iterable[str | tuple[str, nn.Parameter]]
+) -> tuple[str, ...]:
+    """Resolve the argument `parameters` to distinct canonical names, in canonical order.
+
+    Args:
+        model: The user's model, wrapped or not.
+        parameters: Names, or `(name, parameter)` pairs. A pair is resolved by its parameter, so
+            its name may have the prefixes of wrappers.
+
+    Raises:
+        TypeError: `parameters` or one of its items has another type.
+        ValueError: A name is unknown, a parameter belongs to another model, has another name, or
+            is frozen. The message lists every such item.
+    """
+    if isinstance(parameters, (str, bytes)) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            "parameters must be None or an iterable of names, or of (name, parameter) pairs; "
+            f"found {parameters!r}. Fix: for one parameter, pass a list of one name."
+        )
+    canonical = named_parameters(model)
+    name_of = {id(parameter): name for name, parameter in canonical.items()}
+    # The names of the wrapped model: with prefixes, and with each name of a tied parameter.
+    outer = dict(model.named_parameters(remove_duplicate=False))
+    inner = unwrap(model)
+
+    chosen: set[str] = set()
+    problems: list[str] = []
+    for item in parameters:
+        name, parameter = _split_item(item)
+        named = outer.get(name)
+        if named is None:
+            named = find(inner, name)
+        if parameter is None:
+            parameter = named
+            if parameter is None:
+                problems.append(f"no parameter is named {name!r} ({nearest(name, canonical)})")
+                continue
+        elif id(parameter) not in name_of:
+            problems.append(f"{name!r} is paired with a tensor that is no parameter of the model")
+            continue
+        elif named is not None and named is not parameter:
+            problems.append(
+                f"{name!r} is paired with the parameter that is named {name_of[id(parameter)]!r}"
+            )
+            continue
+        if not parameter.requires_grad:
+            problems.append(f"{name!r} is frozen (requires_grad is False)")
+            continue
+        chosen.add(name_of[id(parameter)])
+    if problems:
+        raise ValueError(
+            f"parameters must be trainable parameters of the model; found: {'; '.join(problems)}. "
+            "Fix: take names or pairs from model.named_parameters(), without the frozen ones."
+        )
+    return tuple(name for name in canonical if name in chosen)
+
+
+def _split_item(item: object) -> tuple[str, Tensor | None]:
+    """The name and the parameter of one item of `parameters`; a bare name has no parameter."""
+    if isinstance(item, str):
+        return item, None
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        name, parameter = item
+        if isinstance(name, str) and isinstance(parameter, Tensor):
+            return name, parameter
+    raise TypeError(
+        "each of parameters must be a name or a (name, parameter) pair; "
+        f"found {type(item).__name__}. Fix: pass names, or items of model.named_parameters()."
+    )
