@@ -1,10 +1,9 @@
-"""The one place that knows how `torch.func.vmap` wraps tensors.
+"""How `torch.func.vmap` wraps tensors: the only module that uses functorch's internals.
 
-Fisher collection runs a model on single samples inside `vmap`: every tensor is then a wrapper
-around a *physical* tensor with one more dimension, the samples. Rules and validation need the
-physical tensor. The documented way to it, the `vmap` staticmethod of `autograd.Function`, costs
-about 0.4 ms a call, several times the arithmetic of a small layer, so this module uses the
-functions beneath it. They are PyTorch internals: nothing else in the library touches them.
+Inside `vmap`, a tensor that has samples is a wrapper around a *physical* tensor with one more
+dimension, the samples. Rules and validation need the physical tensor. The documented access to it,
+the `vmap` staticmethod of `autograd.Function`, takes about 0.4 ms a call, several times the
+arithmetic of a small layer.
 """
 
 from collections.abc import Iterator
@@ -15,14 +14,14 @@ from torch._C import _functorch
 
 
 def level() -> int:
-    """The nesting level of the innermost `vmap` (or other transform) that is running, 0 if none."""
+    """The nesting level of the innermost running `vmap` (or other transform); 0 outside of all."""
     found: int | None = _functorch.maybe_current_level()
     return 0 if found is None else found
 
 
 @contextmanager
 def beneath() -> Iterator[None]:
-    """Step out of the innermost `vmap`, so that physical tensors are computed on as usual."""
+    """Leave the innermost `vmap` in this context, to compute on physical tensors."""
     saved = _functorch.pop_dynamic_layer_stack()
     try:
         yield
@@ -32,7 +31,7 @@ def beneath() -> Iterator[None]:
 
 @contextmanager
 def outside() -> Iterator[None]:
-    """Step out of every `vmap` that is running."""
+    """Leave every running `vmap` in this context."""
     with ExitStack() as stack:
         while level():
             stack.enter_context(beneath())
@@ -40,13 +39,21 @@ def outside() -> Iterator[None]:
 
 
 def is_batched(tensor: Tensor, at: int | None = None) -> bool:
-    """Whether `tensor` carries the samples of the `vmap` at nesting level `at`, None for any."""
+    """Whether `tensor` has the samples of the `vmap` at nesting level `at`; None: of any `vmap`."""
     batched = bool(_functorch.is_batchedtensor(tensor))
     return batched and (at is None or _functorch.maybe_get_level(tensor) == at)
 
 
 def physical(tensor: Tensor, at: int) -> Tensor | None:
-    """The tensor behind the `vmap` at level `at`, samples in front; None if it has no samples."""
+    """The tensor `[N, *shape]` behind a `tensor` of `[*shape]` that has the samples of a `vmap`.
+
+    Args:
+        tensor: A tensor inside the `vmap`.
+        at: The nesting level of the `vmap`.
+
+    Returns:
+        The samples along dimension 0; None if `tensor` has no samples of this `vmap`.
+    """
     if not is_batched(tensor, at):
         return None
     inner: Tensor = _functorch.get_unwrapped(tensor)
@@ -55,21 +62,22 @@ def physical(tensor: Tensor, at: int) -> Tensor | None:
 
 
 def logical(tensor: Tensor, at: int) -> Tensor:
-    """The inverse of `physical`: dimension 0 becomes the samples of the `vmap` at level `at`."""
+    """The inverse of `physical`: `[N, *shape]` becomes a tensor `[*shape]` inside the `vmap`."""
     wrapped: Tensor = _functorch._add_batch_dim(tensor, 0, at)
     return wrapped
 
 
 def peek(tensor: Tensor) -> Tensor:
-    """The values behind any number of `vmap` levels, dimensions in no promised order.
+    """The values behind any number of `vmap` levels; the order of the dimensions is undefined.
 
-    For validation alone: inside `vmap` a tensor cannot be read (`.item()`), what it wraps can.
+    Only for validation: inside `vmap`, `.item()` fails on a tensor with samples, but not on the
+    tensor behind it.
     """
     return _innermost(tensor).detach()
 
 
 def differentiable(value: object) -> bool:
-    """Whether `value` is a tensor that autograd follows, behind any number of `vmap` levels."""
+    """Whether `value` is a tensor that requires a gradient, behind any number of `vmap` levels."""
     return isinstance(value, Tensor) and _innermost(value).requires_grad
 
 

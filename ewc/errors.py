@@ -1,20 +1,20 @@
-"""The error about a batch, and the warnings, each a class of its own.
+"""The error about a batch, and the warnings.
 
-So each can be caught, silenced, or turned into an error by itself.
+Each has a class of its own, so that it can be caught, silenced or turned into an error by itself.
 """
 
 
-class InvalidBatch(ValueError):  # noqa: N818 - it says what is wrong, as Empty or StopIteration do
-    """A batch, or what is made of it, breaks a rule, which the message states."""
+class InvalidBatch(ValueError):  # noqa: N818 - named after what is wrong, as queue.Empty is
+    """A batch, or a value computed from it, breaks a rule; the message states the rule."""
 
 
 class ZeroFisherWarning(UserWarning):
-    """The Fisher of a parameter is zero in every entry: nothing protects it."""
+    """The diagonal Fisher of a parameter is zero in every entry, so that nothing protects it."""
 
 
 class SlowPathWarning(UserWarning):
-    """A consolidation ran most samples one at a time: the result is the same, and takes longer."""
+    """A consolidation ran most samples one at a time: the same Fisher estimate, but slower."""
 
 
 class NothingProtectedWarning(UserWarning):
-    """The penalty is 0 wherever the parameters go: nothing is protected."""
+    """The penalty is 0 wherever the parameters move: nothing is protected."""

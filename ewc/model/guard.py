@@ -1,4 +1,7 @@
-"""Leaves a model as it was found: flags, buffers, parameters, attributes, gradients."""
+"""Runs a model in eval mode, and restores whatever the runs change.
+
+Restored are train and eval flags, buffers, parameters, attributes, gradients and gradient hooks.
+"""
 
 from operator import is_
 from typing import Any
@@ -11,31 +14,31 @@ from ewc.processes.layout import local
 
 
 class Guard:
-    """Puts a model into eval mode, and takes back whatever running it changes.
+    """A context in which a model is in eval mode; on exit, the model is as it was on entry.
 
-    The flags are set one by one and directly: a module may override `train`, to merge weights for
-    example, and would then change more than the flag.
+    The `training` flags are assigned directly, module by module: a module may override `train`, to
+    merge weights for instance, so that calling it would change more than the flag.
 
     Args:
-        model: The model; its modules are taken as they are when the guard is entered.
+        model: The model. A module that is added inside the context is removed on exit.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._spaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def __enter__(self) -> Self:
         modules = list(self._model.modules())
         parameters = list(self._model.parameters())
-        # A forward pass may write to buffers; to parameters only where an embedding keeps the
-        # norm of its rows.
-        self._kept = []
+        # A forward pass may write to buffers. It writes to a parameter only in an embedding with
+        # `max_norm`, which rescales its rows in place.
+        self._snapshots = []
         for module in modules:
             writable = list(module.buffers(recurse=False))
             if getattr(module, "max_norm", None) is not None:
                 writable += module.parameters(recurse=False)
             if writable:
-                self._kept.append(_Kept(writable))
+                self._snapshots.append(_Snapshot(writable))
         self._flags = [(module, module.training) for module in modules]
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
         self._hooks = [
@@ -43,42 +46,50 @@ class Guard:
             for parameter in parameters
             if parameter._backward_hooks
         ]
-        # Nothing has changed so far: whatever fails above (memory for the copies) leaves no trace.
+        # Nothing of the model has changed so far, so that an error above (out of memory, for
+        # instance) needs no restoring.
         try:
-            self._set_apart(modules)
-        except BaseException:  # Ctrl-C may come between any two lines
+            self._prepare(modules)
+        except BaseException:  # a KeyboardInterrupt may come between any two lines
             self.__exit__()
             raise
         return self
 
-    def _set_apart(self, modules: list[nn.Module]) -> None:
+    def _prepare(self, modules: list[nn.Module]) -> None:
+        """Put the model into eval mode, without gradients and gradient hooks."""
         for module in modules:
             module.training = False
-        # Aside, so that a model that runs backward does not add to them.
+        # A model that runs `backward` in its forward pass must not add to the user's gradients.
         for parameter, _ in self._gradients:
             parameter.grad = None
-        # They belong to training: they would change gradients, or even take an optimizer's step.
+        # Gradient hooks belong to training: they could change gradients, or step an optimizer.
         for parameter, _ in self._hooks:
             parameter._backward_hooks = None
-        self._spaces = [
-            (space, dict(space))
+        self._namespaces = [
+            (namespace, dict(namespace))
             for module in modules
-            for space in (module.__dict__, module._buffers, module._parameters, module._modules)
-            if isinstance(space, dict)  # scripted modules keep theirs out of reach
+            for namespace in (
+                module.__dict__,
+                module._buffers,
+                module._parameters,
+                module._modules,
+            )
+            if isinstance(namespace, dict)  # not those of a scripted module, which are read-only
         ]
 
     def __exit__(self, *exception: object) -> None:
         try:
-            self._take_back()
-        except BaseException:  # again in full, if it was interrupted
-            self._take_back()
+            self._restore_all()
+        except BaseException:  # it was interrupted: once more from the start
+            self._restore_all()
             raise
 
-    def _take_back(self) -> None:
+    def _restore_all(self) -> None:
+        """Restore the model to what it was before `_prepare`."""
         try:
             self.restore()
-            for kept in self._kept:
-                kept.restore_unseen()
+            for snapshot in self._snapshots:
+                snapshot.restore_by_value()
         finally:
             for module, training in self._flags:
                 module.training = training
@@ -88,26 +99,29 @@ class Guard:
                 parameter._backward_hooks = hooks
 
     def restore(self) -> None:
-        """Take back what the last run changed, so that the next one starts from the same."""
-        for space, kept in self._spaces:
-            if space.keys() != kept.keys() or not all(map(is_, space.values(), kept.values())):
-                space.clear()
-                space.update(kept)
-        for one in self._kept:
-            one.restore()
+        """Undo what the last run changed, so that every run starts from the same model."""
+        for namespace, saved in self._namespaces:
+            if namespace.keys() != saved.keys() or not all(
+                map(is_, namespace.values(), saved.values())
+            ):
+                namespace.clear()
+                namespace.update(saved)
+        for snapshot in self._snapshots:
+            snapshot.restore_by_version()
         for parameter, _ in self._gradients:
             parameter.grad = None
 
 
-class _Kept:
-    """Tensors of one module, and the values that they had.
+class _Snapshot:
+    """The values that some tensors of one module had when this was made.
 
-    Writing to a tensor counts its version up, so that nothing need be compared, nor read from an
-    accelerator. Batch norm writes its statistics without that; in train mode it also counts its
-    batches, which is seen.
+    Every write in place increases a tensor's version, so that comparing versions finds most
+    changes without reading values from an accelerator. Batch norm updates its running statistics
+    without a new version; in train mode it also increases `num_batches_tracked`, whose version
+    does change.
 
     Args:
-        tensors: They are taken as they are now.
+        tensors: The tensors of the module that a forward pass may write to.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -115,26 +129,26 @@ class _Kept:
         self._values = [tensor.detach().clone() for tensor in tensors]
         self._versions = [tensor._version for tensor in tensors]
 
-    def restore(self) -> None:
-        """Take back what has been written, as far as versions tell."""
-        if any(map(_is_newer, self._tensors, self._versions)):
-            self.restore_unseen()
+    def restore_by_version(self) -> None:
+        """Restore the values if one of the tensors has a new version."""
+        if any(map(_has_new_version, self._tensors, self._versions)):
+            self.restore_by_value()
 
-    def restore_unseen(self) -> None:
-        """Take back whatever has been written."""
+    def restore_by_value(self) -> None:
+        """Restore each tensor that has a new version, or other values."""
         with torch.no_grad():
-            for place, (tensor, value) in enumerate(zip(self._tensors, self._values, strict=True)):
-                if _is_newer(tensor, self._versions[place]) or _differs(tensor, value):
+            for index, (tensor, value) in enumerate(zip(self._tensors, self._values, strict=True)):
+                if _has_new_version(tensor, self._versions[index]) or _differs(tensor, value):
                     tensor.copy_(value)
-                    self._versions[place] = tensor._version
+                    self._versions[index] = tensor._version
 
 
-def _is_newer(tensor: Tensor, version: int) -> bool:
+def _has_new_version(tensor: Tensor, version: int) -> bool:
     return tensor._version != version
 
 
 def _differs(tensor: Tensor, value: Tensor) -> bool:
-    """Whether the values are others, for tensors of the kind that batch norm writes to."""
+    """Whether the values differ; only for dense tensors, such as batch norm's statistics."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
         return False
     return not torch.equal(local(tensor), local(value))

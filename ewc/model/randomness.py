@@ -1,4 +1,4 @@
-"""Random numbers: those that collection draws, and those that it must not use up."""
+"""The random stream of a collection, separate from the global random state."""
 
 import random
 import sys
@@ -10,65 +10,71 @@ import torch
 
 
 class Randomness:
-    """Keeps the global random state as it is while models run, and has a stream of its own.
+    """The random stream that a model draws from while its gradients are collected.
 
-    A loader goes on drawing from the global state between the runs. The stream continues from run
-    to run, so that the samples of every batch get their own draws.
+    The global random state is put back after every run of the model, so that a loader, which draws
+    from it between the runs, yields the same batches as without a collection. The stream continues
+    from run to run, so that every batch has draws of its own.
 
     Args:
-        devices: Where the model runs.
+        devices: The devices of the model. The stream starts from their present random states.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._modules = [
+        self._accelerators = [
             (torch.get_device_module(device.type), device)
             for device in sorted(set(devices), key=str)
             if device.type != "cpu"
         ]
-        self._stream = self._state()
+        self._stream = self._states()
 
     def seed_from(self, generator: torch.Generator | None, rank: int) -> None:
-        """Start the stream from one draw of `generator`, or of the global generator.
+        """Seed the stream with one draw from `generator`.
 
         Args:
-            generator: The source of the seed; None for the global generator.
-            rank: Added to it, so that processes that start from the same draw get other samples.
+            generator: Where the seed is drawn from; None for the global generator.
+            rank: Added to the seed, so that processes with equal generators draw different targets.
         """
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=device)) + rank
-        before = self._state()
+        before = self._states()
         torch.default_generator.manual_seed(seed)
-        for module, device in self._modules:
+        for module, device in self._accelerators:
             with torch.device(device):
                 module.manual_seed(seed)
-        self._stream = self._state()
+        self._stream = self._states()
         self._set(before)
 
     @contextmanager
     def stream(self) -> Iterator[Callable[[], None]]:
-        """Draw from the stream inside. It goes on from here only if what this yields is called."""
-        before = self._state()
-        self._set(self._stream)
-        drawn = False
+        """Draw from the stream inside the context, and from the global state again after it.
 
-        def keep() -> None:
-            nonlocal drawn
-            drawn = True
+        Yields:
+            A function `advance()`. If it was called, the next run continues the stream where this
+            one ended; if not, the next run repeats the draws of this one.
+        """
+        before = self._states()
+        self._set(self._stream)
+        advanced = False
+
+        def advance() -> None:
+            nonlocal advanced
+            advanced = True
 
         try:
-            yield keep
-            if drawn:
-                self._stream = self._state()
+            yield advance
+            if advanced:
+                self._stream = self._states()
         finally:
             self._set(before)
 
     @contextmanager
     def unchanged_on_failure(self, generator: torch.Generator | None) -> Iterator[None]:
-        """Put the global state, and that of `generator`, back if an exception passes.
+        """If the context raises, restore the global random states, and that of `generator`.
 
-        Loaders may also draw from the global states of Python and NumPy.
+        Those of Python and NumPy are included, because loaders draw from them too.
         """
-        before = self._state()
+        before = self._states()
         python = random.getstate()
         numpy = sys.modules.get("numpy")
         legacy = None if numpy is None else numpy.random.get_state()
@@ -84,11 +90,12 @@ class Randomness:
                 generator.set_state(state)
             raise
 
-    def _state(self) -> list[Any]:
-        others = [module.get_rng_state(device) for module, device in self._modules]
+    def _states(self) -> list[Any]:
+        """The global random states: the CPU's, then one for each accelerator."""
+        others = [module.get_rng_state(device) for module, device in self._accelerators]
         return [torch.get_rng_state(), *others]
 
     def _set(self, states: list[Any]) -> None:
         torch.set_rng_state(states[0])
-        for (module, device), state in zip(self._modules, states[1:], strict=True):
+        for (module, device), state in zip(self._accelerators, states[1:], strict=True):
             module.set_rng_state(state, device)

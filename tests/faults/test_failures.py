@@ -294,13 +294,13 @@ def test_row_17d_interrupted_while_the_model_is_prepared(kind, monkeypatch):
     model[2].eval()
     model[2].weight.grad = torch.ones_like(model[2].weight)
     model[0].weight.register_hook(lambda gradient: gradient)
-    prepare = Guard._set_apart
+    prepare = Guard._prepare
 
     def interrupted(self, modules):
         prepare(self, modules)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Guard, "_set_apart", interrupted)
+    monkeypatch.setattr(Guard, "_prepare", interrupted)
     with unchanged(ewc, model), pytest.raises(KeyboardInterrupt):
         ewc.consolidate(make_task())
 
