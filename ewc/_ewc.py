@@ -31,8 +31,9 @@ from ewc.likelihoods import Likelihood
 from ewc.model.names import find, in_order, named_parameters, nearest, unwrap
 from ewc.model.randomness import Randomness
 from ewc.model.selection import select
+from ewc.processes.groups import ranks_of, wrapper_group
 from ewc.processes.layout import has_sharded_parameters
-from ewc.processes.ranks import SINGLE_PROCESS, ranks_of, wrapper_group
+from ewc.processes.ranks import SINGLE_PROCESS
 from ewc.quadratic.binding import Binding, check_fit, traced_penalty
 from ewc.quadratic.checkpoint import State, dump, restore
 from ewc.quadratic.penalty import result_dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 from ewc._checks import positive_int
 from ewc._options import Method
 from ewc.processes.layout import Groups, local, shard_groups
-from ewc.processes.ranks import maximum, total
+from ewc.processes.reductions import max_over, sum_over
 
 _PATHS: dict[Method, str] = {
     "rule": "closed form",
@@ -202,8 +202,8 @@ def measure(curvatures: Mapping[str, Tensor]) -> dict[str, Curvature]:
         parts = [local(curvatures[name]) for name in names]
         tops = [part.max() if part.numel() else part.new_zeros(()) for part in parts]
         device = parts[0].device
-        sums = total(torch.stack([part.sum().to(device) for part in parts]), groups)
-        largest = maximum(torch.stack([top.to(device) for top in tops]), groups)
+        sums = sum_over(torch.stack([part.sum().to(device) for part in parts]), groups)
+        largest = max_over(torch.stack([top.to(device) for top in tops]), groups)
         read = torch.stack([sums, largest]).tolist()
         for name, trace, top in zip(names, *read, strict=True):
             found[name] = Curvature(curvatures[name].numel(), trace, top)

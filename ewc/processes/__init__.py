@@ -1,1 +1,1 @@
-"""Several processes: what they exchange, and how sharded parameters are laid out."""
+"""Distributed training: what processes exchange, and how sharded parameters are laid out."""

@@ -1,8 +1,8 @@
-"""Sharded parameters: what there is to know about their layout.
+"""How sharded parameters are laid out: the questions that the library asks of a `DTensor`.
 
 `fully_shard` and `parallelize_module` turn parameters into `DTensor`s, of which each process holds
-a part. Fisher and anchor are laid out in the same way. This module is the only one that knows
-these types; nothing of `torch.distributed.tensor` is imported before a model uses it.
+a part. Fisher and anchor are laid out in the same way. Nothing of `torch.distributed.tensor` or
+`torch.distributed.fsdp` is imported before a model uses it.
 """
 
 import sys
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Groups = tuple[Any, ...]
-"""Process groups, one for each dimension of a mesh: sums are taken over one after the other."""
+"""Process groups, one for each dimension of a mesh: reductions go over one after the other."""
 
 
 def is_sharded(tensor: object) -> bool:
@@ -28,7 +28,7 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, on every process; any other tensor as it is. A collective."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
@@ -47,23 +47,23 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
 def with_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor`, distributed over processes as `other` is.
 
-    A collective where `tensor` is sharded otherwise. A whole tensor is taken to be the same on
-    all processes: each keeps its part, and nothing is sent.
+    A collective if `tensor` is sharded in another way. A tensor that is not sharded must be the
+    same on all processes: each keeps its part, and nothing is sent.
     """
     if same_layout(tensor, other):
         return tensor
-    tensor = whole(tensor.detach())
+    tensor = full_tensor(tensor.detach())
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = other.device_mesh  # type: ignore[attr-defined]
-    everywhere = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(mesh, other.placements)  # type: ignore[attr-defined]
+    replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, other.placements)  # type: ignore[attr-defined]
 
 
 def shard_groups(tensor: Tensor) -> Groups:
-    """The groups over which parts must be added up to give the sum over the whole tensor."""
+    """The groups over which sums of local parts must be reduced to the sum over `tensor`."""
     if not is_sharded(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
@@ -84,18 +84,24 @@ def mesh_groups(tensors: Iterable[Tensor]) -> list[Any]:
     return list(found.values())
 
 
-# What `fully_shard` does to a module.
+# Modules that `fully_shard` was applied to.
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to the module."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
 
 
 def fsdp_states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """The modules that `fully_shard` was applied to, and what it keeps about each."""
+    """The modules that `fully_shard` was applied to, each with its FSDP state."""
     for module in model.modules():
         if is_fsdp_module(module):
             yield module, module._get_fsdp_state()  # type: ignore[operator]
 
 
 def has_sharded_parameters(model: nn.Module) -> bool:
-    """Whether parameters of a model are sharded, even if they are held whole for a while."""
+    """Whether parameters of a model are sharded, even if they are unsharded at the moment."""
     return any(map(is_sharded, model.parameters())) or any(True for _ in fsdp_states(model))
 
 
@@ -107,30 +113,24 @@ def data_mesh(model: nn.Module) -> Any:
     return None
 
 
-def sharded_original(keeper: nn.Module | None, parameter: nn.Parameter) -> nn.Parameter:
-    """The sharded parameter in whose place `fully_shard` has put `parameter` for a while.
+def sharded_original(module: nn.Module | None, parameter: nn.Parameter) -> nn.Parameter:
+    """The sharded parameter that `parameter` replaces between forward and backward.
 
-    Between forward and backward a module holds its parameters whole. It is the sharded one that
-    optimizers know, and whose gradient they read.
+    There a module holds its parameters unsharded. Optimizers know the sharded ones, and read
+    their gradients.
 
     Args:
-        keeper: The innermost module around the parameter that `fully_shard` was applied to.
-        parameter: What has the parameter's name now.
+        module: The innermost module around the parameter that `fully_shard` was applied to.
+        parameter: The parameter that the module has now.
     """
-    if keeper is None:
+    if module is None:
         return parameter
     if torch.compiler.is_compiling() and is_sharded(parameter):
-        return parameter  # what is kept about a module is in a dictionary that cannot be traced
-    state: Any = keeper._get_fsdp_state()  # type: ignore[operator]
+        return parameter  # FSDP states are in a dictionary that cannot be traced
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
     for group in state._fsdp_param_groups:
         for one in group.fsdp_params:
             if getattr(one, "_unsharded_param", None) is parameter:
                 sharded: nn.Parameter = one.sharded_param
                 return sharded
     return parameter
-
-
-def is_fsdp_module(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the module."""
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return kind is not None and isinstance(module, kind)

@@ -16,7 +16,7 @@ from ewc.fisher import Squares
 from ewc.model.live import LiveParameters
 from ewc.model.names import find, is_parametrized
 from ewc.processes.layout import Groups, is_sharded, local, shard_groups
-from ewc.processes.ranks import leads, summed
+from ewc.processes.reductions import differentiable_sum_over, is_first_rank
 from ewc.quadratic.checkpoint import State
 from ewc.quadratic.penalty import Penalty, expression
 from ewc.quadratic.quadratic import Quadratic, covered, fits
@@ -82,7 +82,7 @@ class Binding:
                     [local(parameters[place]) for place in places],
                     [local(precisions[place]) for place in places],
                     [local(self._anchors[place]) for place in places],
-                    sum(constants[place] for place in places) if leads(groups) else 0.0,
+                    sum(constants[place] for place in places) if is_first_rank(groups) else 0.0,
                 ),
             )
             for groups, places in members.items()
@@ -99,7 +99,7 @@ class Binding:
             thetas[place] = local(covered(thetas[place], self._anchors[place]))
         return _added(
             [
-                summed(
+                differentiable_sum_over(
                     part.penalty([thetas[place] for place in part.members], strength), part.groups
                 )
                 for part in self._parts
@@ -135,9 +135,13 @@ def traced_penalty(model: nn.Module, state: State, precision: Precision, strengt
         part[3].append(known.constant)
     return _added(
         [
-            summed(
+            differentiable_sum_over(
                 expression(
-                    thetas, precisions, anchors, sum(constants) if leads(groups) else 0.0, strength
+                    thetas,
+                    precisions,
+                    anchors,
+                    sum(constants) if is_first_rank(groups) else 0.0,
+                    strength,
                 ),
                 groups,
             )

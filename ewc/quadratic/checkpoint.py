@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ewc.errors import NothingProtectedWarning
 from ewc.model.names import find, in_order, named_parameters, nearest
-from ewc.processes.layout import is_sharded, local, whole
+from ewc.processes.layout import full_tensor, is_sharded, local
 from ewc.processes.ranks import Ranks
 from ewc.quadratic.quadratic import Quadratic, curvature_dtype, fits, snapshot
 
@@ -81,7 +81,7 @@ def dump(
             known = known.beside(parameter)
             complete[name] = known.grown(present.to(known.anchor.dtype)).clone()
             free_rows[name] = _rows(parameter) - _rows(known.fisher)
-    laid_out = whole if full else (lambda tensor: tensor)
+    laid_out = full_tensor if full else (lambda tensor: tensor)
     return {
         "version": VERSION,
         **configuration,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ewc.processes.layout import whole, with_layout_of
+from ewc.processes.layout import full_tensor, with_layout_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Quadratic:
         share = fisher / total.clamp_min(torch.finfo(total.dtype).tiny)
         distance = anchor - old.anchor
         mean = torch.where(old.fisher == 0, anchor, old.anchor + share * distance)
-        rise = whole((old.fisher * share * distance.abs().square()).sum()).item()
+        rise = full_tensor((old.fisher * share * distance.abs().square()).sum()).item()
         return Quadratic(total, mean, old.constant + rise)
 
     def grown(self, anchor: Tensor) -> "Quadratic":
