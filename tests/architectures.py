@@ -252,7 +252,7 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(self.layer(x).tanh()).sin()
-        return self.read(x * self.layer(torch.ones(4, dtype=x.dtype)))
+        return self.read(x * self.layer(x.new_ones(4)))
 
 
 class Branches(nn.Module):
@@ -387,8 +387,8 @@ class Translator(nn.Module):
         self.read = nn.Linear(8, 3)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        padding = torch.arange(x.shape[1]) >= lengths.unsqueeze(1)
-        causal = nn.Transformer.generate_square_subsequent_mask(3, dtype=x.dtype)
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
+        causal = nn.Transformer.generate_square_subsequent_mask(3, x.device, x.dtype)
         out = self.transformer(
             x,
             x[:, :3].cos(),

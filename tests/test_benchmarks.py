@@ -24,7 +24,8 @@ SCRIPTS = ["collection", "penalty", "memory", "growth"]
 def from_their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(FOLDER)
     yield
-    for name in [*SCRIPTS, "choices", "_digits", "_harness", "_models", "_peers"]:
+    own = ["choices", "gpu", "_device", "_digits", "_harness", "_large", "_models", "_peers"]
+    for name in [*SCRIPTS, *own]:
         sys.modules.pop(name, None)
 
 
@@ -214,6 +215,32 @@ class TestCommands:
         monkeypatch.setattr(growth, "TASKS", (1, 2))
         printed = self.run(growth, capsys)
         assert [head for head in heads(printed) if head not in on_page("growth")] == []
+
+    def test_gpu_is_rehearsed(
+        self,
+        harness: ModuleType,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        monkeypatch.setattr(harness, "SHORTEST", 0.0)
+        gpu = importlib.import_module("gpu")
+        if not torch.cuda.is_available():
+            with pytest.raises(SystemExit, match="needs an accelerator"):
+                gpu.main([])
+        printed = self.run(gpu, capsys, "--json", str(tmp_path / "times.json"))
+        models, penalties = heads(printed)[:2], heads(printed)[2:]
+        assert ["GPT-2 small" in models[0], "ResNet-50" in models[1]] == [True, True]
+        assert len(penalties) == 1
+        for precision in importlib.import_module("_device").PRECISIONS:
+            assert precision in models[0]
+            assert f"ResNet-50, {precision}" in (tmp_path / "times.json").read_text()
+        assert "**ewc**, one more batch" in first_cells(printed)
+        errors = [line for line in printed.splitlines() if line.startswith("| error of **ewc**")]
+        for line in errors:
+            full, tf32, half = (float(cell) for cell in line.split("|")[2:5])
+            assert max(full, tf32) < 1e-2
+            assert half < 0.3
 
 
 class TestChoices:

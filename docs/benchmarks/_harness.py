@@ -69,6 +69,7 @@ def interleave(
     rounds: int,
     *,
     runs: Mapping[Name, int] | None = None,
+    clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> Timings[Name]:
     """Time all contenders in turn, `rounds` times, after one run each that is not counted.
 
@@ -76,13 +77,15 @@ def interleave(
         contenders: What to time, by name. Give the unit of the ratios first: it must not be slow.
         rounds: How many rounds.
         runs: For contenders whose call is not one run but several: how many.
+        clock: `clock(run, repeats)` gives the seconds of several runs; None for the host's clock.
     """
+    timed = _timed if clock is None else clock
     per_call = {name: 1 if runs is None else runs.get(name, 1) for name in contenders}
     repeats = {}
     for name, run in contenders.items():
-        took = _timed(run, 1)
+        took = timed(run, 1)
         if took < SHORTEST:  # the first run is no measure of the others
-            took = _timed(run, 1)
+            took = timed(run, 1)
         repeats[name] = max(1, math.ceil(SHORTEST / took))
     seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
@@ -91,7 +94,7 @@ def interleave(
             if spent[name] > LONGEST:
                 continue
             gc.collect()
-            took = _timed(run, repeats[name])
+            took = timed(run, repeats[name])
             spent[name] += took
             seconds[name].append(took / (repeats[name] * per_call[name]))
     return Timings(seconds)
@@ -115,6 +118,13 @@ def number(value: float) -> str:
     size = abs(value)
     digits = 3 if size < 0.1 else 2 if size < 10 else 1 if size < 100 else 0
     return f"{value:,.{digits}f}"
+
+
+def short(reason: Exception) -> str:
+    """The first line of a message, if it is not a long one."""
+    line = next(iter(str(reason).strip().splitlines()), "") or type(reason).__name__
+    line = line.replace("|", "/").replace("<", "").replace(">", "")
+    return line if len(line) <= 140 else line[:137] + "..."
 
 
 def machine(*libraries: str) -> str:

@@ -62,7 +62,7 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> Result:
             contender.run(few)
             error = _error(contender.squares(), expected)
         except Exception as reason:  # whatever a peer cannot do is an entry
-            reasons[kind.title] = _short(reason)
+            reasons[kind.title] = _harness.short(reason)
             continue
         if not error < TOLERANCE:
             reasons[kind.title] = f"wrong result, off by {100 * error:.0f} %"
@@ -96,13 +96,6 @@ def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
         float((found[name] - right).norm()) / max(float(right.norm()), 1e-6 * largest)
         for name, right in expected.items()
     )
-
-
-def _short(reason: Exception) -> str:
-    """The first line of a message, if it is not a long one."""
-    line = next(iter(str(reason).strip().splitlines()), "") or type(reason).__name__
-    line = line.replace("|", "/").replace("<", "").replace(">", "")
-    return line if len(line) <= 140 else line[:137] + "..."
 
 
 def _tune(contender: _peers.VmapGrad, batches: list[Batch]) -> None:

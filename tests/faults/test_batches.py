@@ -123,8 +123,9 @@ def test_row_12_a_structure_that_cannot_be_read(kind, batch, structure):
     good, _ = make_task()
     for place, batches in enumerate(([batch], [good, batch])):
         which = f"in batch {place} (counted from 0)"
-        rule = "a batch must be a list or tuple (inputs, *rest)"
-        refused(kind, batches, which, rule, structure, "forward")
+        refused(
+            kind, batches, which, "a batch is a list or tuple (inputs, *rest)", structure, "forward"
+        )
 
 
 def test_row_12_other_arguments_than_the_models(kind):
@@ -151,13 +152,13 @@ def test_row_12a_a_packed_sequence(kind):
 
 def test_row_12b_targets_are_missing(kind):
     x, _ = make_task()[0]
-    refused(kind, [x], "must hold targets", "bare tensor", "Tensor[4, 5]", '"exact"')
+    refused(kind, [x], "needs the targets in the data", "bare tensor", "Tensor[4, 5]", '"exact"')
 
 
 def test_row_13_inputs_and_targets_of_different_lengths(kind):
     x, y = make_task()[0]
     for place, batches in enumerate(([(x, y[:3])], [(x, y), (x, y[:3])])):
-        parts = ("the same number of samples", "batch[0]: 4", "batch[1]: 3", "Fix: ")
+        parts = ("the same number of samples", "batch[0]: 4", "batch[1]: 3", "Mend")
         refused(kind, batches, f"in batch {place}", *parts)
 
 
@@ -176,7 +177,7 @@ def test_row_13_a_label_outside_allowed_outputs(kind):
     refused(
         kind,
         [(x, y.clamp(max=2))],
-        "a position in allowed_outputs (0, 2), 0 to 1",
+        "a place in allowed_outputs (0, 2), 0 to 1",
         "found 2",
         "target_transform",
         likelihood=Classification([0, 2]),
