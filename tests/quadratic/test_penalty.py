@@ -252,6 +252,8 @@ def test_gradcheck(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+# Said once by PyTorch, when synchronisations are first refused.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 class TestGPU:
     def test_value_and_gradient(self):
         thetas, precisions, anchors = problem(SHAPES["blocks"] + SHAPES["many"])
