@@ -10,7 +10,6 @@ from ewc._checks import positive_int
 from ewc.fisher import Squares
 from ewc.processes.layout import local
 from ewc.processes.ranks import Ranks
-from ewc.quadratic.quadratic import Quadratic
 
 
 def samples_in(batches: Any, squares: Squares, dataset_size: int | None, ranks: Ranks) -> int:
@@ -75,25 +74,3 @@ def slow_message(squares: Squares) -> str:
         f"longer, for {found}. If that is too slow: a forward that torch.func.vmap can do, or a "
         "rule of your own (ewc.fisher.rule)."
     )
-
-
-def refuse_non_finite(merged: Mapping[str, Quadratic], reduction: str) -> None:
-    """Refuse what no finite penalty follows from.
-
-    Raises:
-        ValueError: A Fisher or an anchor is not finite, with the names.
-    """
-    overflowed = [name for name, one in merged.items() if not local(one.fisher).isfinite().all()]
-    if overflowed:
-        raise ValueError(
-            f"The Fisher must be finite; that of {', '.join(map(repr, overflowed))} overflows. "
-            "Check the scale of the likelihood"
-            + (', or take reduction="mean".' if reduction == "sum" else ".")
-        )
-    wild = [name for name, one in merged.items() if not local(one.anchor).isfinite().all()]
-    if wild:
-        raise ValueError(
-            f"Protected parameters must be finite; {', '.join(map(repr, wild))} has NaN or "
-            "infinite entries, around which no penalty is finite. Mend them, or leave the "
-            "parameter out: requires_grad_(False), or the argument parameters."
-        )

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from ewc._checks import check_initialised, check_materialised, choice, number, positive_int
 from ewc._estimate import (
-    refuse_non_finite,
     samples_in,
     silent_in,
     silent_message,
     slow_message,
 )
 from ewc._options import FisherType, Reduction
-from ewc._summary import Summary
+from ewc._summary import Summary, measure
 from ewc.data.calling import Forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning
 from ewc.fisher import collect
@@ -34,10 +33,11 @@ from ewc.model.selection import select
 from ewc.processes.groups import ranks_of, wrapper_group
 from ewc.processes.layout import has_sharded_parameters
 from ewc.processes.ranks import SINGLE_PROCESS
-from ewc.quadratic.binding import Binding, check_fit, traced_penalty
-from ewc.quadratic.checkpoint import State, dump, restore
+from ewc.quadratic.binding import Binding, traced_penalty
+from ewc.quadratic.checkpoint import dump, restore
 from ewc.quadratic.penalty import result_dtype
 from ewc.quadratic.quadratic import Quadratic, snapshot
+from ewc.quadratic.state import State, check_finite, check_fit
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -170,7 +170,7 @@ class EWC:
             return self._zero()
         if torch.compiler.is_compiling():
             return traced_penalty(self._model, self._state, self._precision, self._strength)
-        if self._binding is None or not self._binding.holds(self._state):
+        if self._binding is None or not self._binding.is_current(self._state):
             self._check_fit()
             with torch.inference_mode(False), torch.no_grad():
                 self._binding = Binding(self._model, self._state, self._precision)
@@ -264,7 +264,13 @@ class EWC:
                     silent = silent_in(fisher, ranks)
                     state = self._merged_state(parameters, fisher, silent, squares.slow)
                     binding = Binding(self._model, state, self._precision)
-                    summary = binding.summary(squares)
+                    summary = Summary(
+                        n_tasks=state.n_tasks,
+                        samples=squares.samples,
+                        parameters=measure(binding.precisions),
+                        paths=dict(squares.paths),
+                        reasons=dict(squares.reasons),
+                    )
                 for name in silent:
                     if name not in self._state.warned and parameters[name].numel():
                         warnings.warn(
@@ -464,11 +470,11 @@ class EWC:
             known = self._state.quadratics.get(name)
             if name in parameters:
                 parameter = parameters[name]
-                beside = None if known is None else known.beside(parameter)
+                beside = None if known is None else known.like(parameter)
                 merged[name] = self._merged(beside, fisher[name], snapshot(parameter))
             elif known is not None:
                 merged[name] = self._passed(known)
-        refuse_non_finite(merged, self._reduction)
+        check_finite(merged, self._reduction)
         return State(
             merged,
             self._state.n_tasks + 1,
@@ -485,7 +491,7 @@ class EWC:
         for name, known in self._state.quadratics.items():
             parameter = find(self._model, name)
             if parameter is not None and not parameter.is_meta:
-                known = known.beside(parameter)
+                known = known.like(parameter)
             copies[name] = of(known).clone()
         return copies
 

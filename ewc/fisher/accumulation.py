@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ewc._autocast import without_autocast
 from ewc._options import FisherType, Method
 from ewc.data.batch import Batch
 from ewc.data.calling import Forward, apply
 from ewc.errors import InvalidBatch
 from ewc.fisher.bundle import Bundle
 from ewc.fisher.mixing import Runs, refuse_mixing
-from ewc.fisher.numerics import full_precision, without_autocast, without_cudnn
+from ewc.fisher.numerics import full_precision, without_cudnn
 from ewc.fisher.paths.interception import Apart
 from ewc.fisher.paths.loop import add_singly
 from ewc.fisher.paths.vectorised import Recorded, Vectorised
@@ -63,7 +64,7 @@ class Pass:
         self._restore: Callable[[], None] = guard.restore
         self._early: frozenset[str] = frozenset()
         self._randomness = randomness
-        self._devices = {parameter.device for parameter in parameters.values()}
+        self._device_types = {parameter.device.type for parameter in parameters.values()}
         self._device = next(iter(parameters.values())).device
         self._fast: Vectorised | None = None
         self._refusal = _OBJECTS
@@ -294,7 +295,7 @@ class Pass:
                 self._restore()
 
     def _reverse(self, recorded: Recorded) -> None:
-        with torch.no_grad(), without_autocast(self._devices), full_precision():
+        with torch.no_grad(), without_autocast(self._device_types), full_precision():
             recorded.reverse()
 
     def _add_singly(

@@ -1,10 +1,9 @@
 """The arithmetic of collection's own products, whatever the caller has switched on."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.backends import cuda, cudnn, mkldnn
 
 _PRODUCTS: tuple[Any, ...] = (cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)  # type: ignore[attr-defined]
@@ -21,15 +20,6 @@ def full_precision() -> Iterator[None]:
     finally:
         for backend, precision in zip(_PRODUCTS, before, strict=True):
             backend.fp32_precision = precision
-
-
-@contextmanager
-def without_autocast(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Switch autocast off on these kinds of device."""
-    with ExitStack() as stack:
-        for kind in {device.type for device in devices}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 @contextmanager

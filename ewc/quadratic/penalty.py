@@ -1,13 +1,12 @@
-"""The penalty as a tensor: value and gradient in one pass over the memory.
+"""The penalty as a tensor: its value and its gradient in one pass over the memory.
 
-Plain autograd reads and writes every array several times, for a sum that is limited by memory
-alone. Here the parameters are taken in blocks that stay in cache, and the gradient is formed beside
-the value. Small parameters are laid side by side, so that a hundred biases cost one operation.
+The sum is bound by memory traffic, and plain autograd reads and writes every array several times.
+Here parameters are processed in blocks that fit into the cache, and the gradient is computed with
+the value. Small parameters are concatenated, so that a hundred biases cost one operation.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +15,24 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd import Function
 
+from ewc._autocast import without_autocast
+
 
 @dataclass(frozen=True)
 class _Limits:
-    """Numbers of elements."""
+    """Sizes, in elements.
 
-    small: int  # up to here, parameters are laid side by side (at the price of a second copy)
-    block: int  # what is worked on at once
+    Attributes:
+        small: The largest parameter that is concatenated with others, which takes a second copy.
+        block: How much is processed at once.
+    """
+
+    small: int
+    block: int
 
 
-# Three float32 blocks fit a core's own cache. Elsewhere launches are what costs, and blocks only
-# bound the scratch memory.
+# Three float32 blocks fit into a core's own cache. On an accelerator kernel launches dominate, and
+# blocks only bound the workspace.
 _CPU = _Limits(small=2**13, block=2**16)
 _ACCELERATOR = _Limits(small=2**20, block=2**24)
 
@@ -35,10 +41,11 @@ class Penalty:
     """`strength / 2 * (sum of precision * |theta - anchor|^2 + constant)` as a function of thetas.
 
     Args:
-        thetas: Tensors of the layout that the calls will have: shapes, dtypes and devices.
-        precisions: For each of them, its curvature: same shape and device, real, at least float32.
-        anchors: For each of them, same shape and device, at least as wide.
-        constant: The value at the anchors.
+        thetas: Tensors with the shapes, dtypes and devices that every call will have.
+        precisions: The curvature for each theta: of its shape, on its device, real, at least
+            float32.
+        anchors: The anchor of each theta: of its shape, on its device, at least as wide.
+        constant: The sum at the anchors.
     """
 
     def __init__(
@@ -63,30 +70,30 @@ class Penalty:
     def evaluate(
         self, thetas: Sequence[Tensor], strength: float, *, with_gradients: bool
     ) -> tuple[Tensor, list[Tensor]]:
-        """The value, and for each group its gradient, flat, if asked for; without autograd."""
+        """The value and, if needed, the flat gradient of each group; without autograd."""
         gradients: list[Tensor] = []
         parts: dict[torch.device, list[Tensor]] = {}
-        with _without_autocast(self._device_types):
+        with without_autocast(self._device_types):
             for group in self._groups:
                 squares, gradient = group.evaluate(thetas, strength, with_gradient=with_gradients)
                 parts.setdefault(squares[0].device, []).extend(squares)
                 if gradient is not None:
                     gradients.append(gradient)
-            if strength == 0:  # also where the squares have overflowed
+            if strength == 0:  # even if the squares have overflowed
                 return torch.zeros((), dtype=self.dtype, device=self.device), gradients
-            # Few and positive: nothing is lost in adding them up as they are.
+            # The summands are few and >= 0: their own precision is enough.
             sums = [torch.stack(part).sum().to(self.device) for part in parts.values()]
-            total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
-            return (total + strength * self.constant).mul_(0.5).to(self.dtype), gradients
+            value = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+            return (value + strength * self.constant).mul_(0.5).to(self.dtype), gradients
 
     def scaled(self, gradients: list[Tensor], factor: Tensor) -> list[Tensor]:
-        """Multiply what `evaluate` returned, in place, and take it apart: one for each theta."""
-        # Nearly always the loss has the penalty as a term, and the factor is 1. Only on the CPU can
-        # that be seen for nothing.
+        """The gradients of `evaluate`, multiplied in place, and split: one for each theta."""
+        # In most losses the penalty is a summand, and the factor is 1. On the CPU the comparison
+        # costs nothing; elsewhere it would synchronise.
         if factor.device.type != "cpu" or factor != 1:
-            on = {device: factor.to(device) for device in {g.device for g in gradients}}
+            factors = {device: factor.to(device) for device in {g.device for g in gradients}}
             for gradient in gradients:
-                gradient.mul_(on[gradient.device])
+                gradient.mul_(factors[gradient.device])
         found: dict[int, Tensor] = {}
         for group, gradient in zip(self._groups, gradients, strict=True):
             found.update(group.split(gradient))
@@ -94,8 +101,8 @@ class Penalty:
 
     def gradient(self, index: int, theta: Tensor, strength: float, factor: Tensor) -> Tensor:
         """The gradient of one theta by differentiable operations, rounded as in `evaluate`."""
-        part = strength * (theta - self.anchors[index]) * self.precisions[index]
-        return (part * factor.to(theta.device)).to(theta.dtype)
+        gradient = strength * (theta - self.anchors[index]) * self.precisions[index]
+        return (gradient * factor.to(theta.device)).to(theta.dtype)
 
 
 def expression(
@@ -105,30 +112,29 @@ def expression(
     constant: float,
     strength: float,
 ) -> Tensor:
-    """The same penalty by plain operations, for a compiler to fuse."""
+    """The same penalty by plain operations, which a compiler can fuse."""
     dtype, device = result_dtype(thetas), thetas[0].device
-    total = torch.zeros((), dtype=dtype, device=device)
-    with _without_autocast(sorted({theta.device.type for theta in thetas})):
+    value = torch.zeros((), dtype=dtype, device=device)
+    with without_autocast(sorted({theta.device.type for theta in thetas})):
         for theta, precision, anchor in zip(thetas, precisions, anchors, strict=True):
             distance = theta - anchor.to(theta.device)
             squared = (distance * distance.conj()).real if distance.is_complex() else distance**2
-            total = total + (precision.to(theta.device) * squared).sum().to(device)
-        return ((total + constant) * (0.5 * strength)).to(dtype)
+            value = value + (precision.to(theta.device) * squared).sum().to(device)
+        return ((value + constant) * (0.5 * strength)).to(dtype)
 
 
 def result_dtype(thetas: Sequence[Tensor]) -> torch.dtype:
-    """The penalty's dtype: that of the widest theta, real, at least float32."""
+    """The dtype of the penalty: that of the widest theta, but real and at least float32."""
     wide = (torch.float64, torch.complex128)
     return torch.float64 if any(theta.dtype in wide for theta in thetas) else torch.float32
 
 
 class _Evaluate(Function):
-    """`Penalty` for autograd.
+    """`Penalty` as an autograd function.
 
-    The first backward of a graph takes the gradient that forward has formed, and scales it in
-    place. A later one (`retain_graph`) finds it gone and, like one that must itself be
-    differentiable (`create_graph`), forms it anew from the parameters, whose saving makes autograd
-    refuse where they have changed since.
+    The first backward of a graph uses the gradient that forward has computed, and scales it in
+    place. A later one (`retain_graph`), and one that must be differentiable (`create_graph`),
+    compute it again from the saved parameters; autograd raises if these have changed since.
     """
 
     @staticmethod
@@ -145,7 +151,7 @@ class _Evaluate(Function):
         penalty: Penalty = ctx.penalty
         gradients, ctx.gradients = ctx.gradients, None
         needed = ctx.needs_input_grad[2:]
-        if ctx.strength == 0:  # also where the gradient has overflowed
+        if ctx.strength == 0:  # even if the gradient has overflowed
             zeros = zip(needed, ctx.saved_tensors, strict=True)
             return (None, None, *(torch.zeros_like(p) if use else None for use, p in zeros))
         if gradients is None or torch.is_grad_enabled():
@@ -154,20 +160,20 @@ class _Evaluate(Function):
                 for index, (use, theta) in enumerate(zip(needed, ctx.saved_tensors, strict=True))
             ]
         else:
-            parts = zip(needed, penalty.scaled(gradients, grad), strict=True)
-            found = [part if use else None for use, part in parts]
+            scaled = zip(needed, penalty.scaled(gradients, grad), strict=True)
+            found = [gradient if use else None for use, gradient in scaled]
         return (None, None, *found)
 
 
 class _Group:
-    """Parameters of one device and dtype that are worked on as one flat tensor.
+    """Parameters of one device and dtype that are processed as one flat tensor.
 
     Args:
-        indices: Which thetas they are.
-        thetas: Tensors of their layout.
+        indices: The positions of these parameters among all thetas.
+        thetas: Tensors with their shapes and dtypes.
         precisions: Their curvatures.
         anchors: Their anchors.
-        block: How many elements to work on at once.
+        block: How many elements are processed at once.
     """
 
     def __init__(
@@ -185,7 +191,7 @@ class _Group:
         self._zero = anchors[0].new_zeros(())
         self._largest = torch.finfo(self._zero.dtype).max
         self._narrowed = any(dtype is not self._zero.dtype for dtype in self._dtypes)
-        # Views, unless small parameters are laid side by side here.
+        # Views of a single parameter; copies of several small ones.
         self._blocks = list(
             zip(
                 torch.split(_flat(precisions), block),
@@ -197,27 +203,27 @@ class _Group:
     def evaluate(
         self, thetas: Sequence[Tensor], strength: float, *, with_gradient: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """`strength` times sums of `precision * |theta - anchor|^2`, and the flat gradient."""
+        """`strength * precision * |theta - anchor|^2`, summed by block, and the flat gradient."""
         theta = _flat([thetas[index] for index in self._indices])
         size = min(self._block, theta.numel())
-        scratch = self._zero.new_empty(size)
+        workspace = self._zero.new_empty(size)
         flat = self._zero.new_empty(theta.numel() if with_gradient else size)
         squares = []
-        # Torch refuses a number that the dtype cannot hold, but not infinity.
+        # PyTorch refuses a number that the dtype cannot hold, and accepts infinity.
         strength = strength if strength <= self._largest else math.inf
         for index, part in enumerate(torch.split(theta, self._block)):
             precision, anchor = self._blocks[index]
             size = part.numel()
             start = index * self._block if with_gradient else 0
-            distance, gradient = scratch[:size], flat[start : start + size]
+            distance, gradient = workspace[:size], flat[start : start + size]
             torch.sub(part, anchor, out=distance)
-            # A product of three in one operation.
+            # strength * distance * precision in one operation.
             torch.addcmul(self._zero, distance, precision, value=strength, out=gradient)
             squares.append(torch.vdot(distance, gradient).real)
         return squares, flat if with_gradient else None
 
     def split(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Take a flat tensor apart: views of it, in the thetas' dtypes, by the thetas' index."""
+        """Views of a flat tensor, in the shapes and dtypes of the thetas, by their positions."""
         parts: Sequence[Tensor] = _unflatten_dense_tensors(flat, self._anchors)
         if self._narrowed:
             parts = [part.to(dtype) for part, dtype in zip(parts, self._dtypes, strict=True)]
@@ -227,7 +233,7 @@ class _Group:
 def _grouped(
     thetas: Sequence[Tensor], precisions: Sequence[Tensor], anchors: Sequence[Tensor]
 ) -> Iterator[_Group]:
-    """Lay small parameters side by side, as many as make a block; leave others alone."""
+    """Groups of small parameters, up to a block each; each other parameter is its own group."""
     open_groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
 
     def group(indices: list[int], block: int) -> _Group:
@@ -254,13 +260,3 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     """All entries in one dimension: a view of a single contiguous tensor, else a copy."""
     flat: Tensor = _flatten_dense_tensors(tensors)
     return flat
-
-
-@contextmanager
-def _without_autocast(device_types: list[str]) -> Iterator[None]:
-    """Switch autocast off where it is on."""
-    with ExitStack() as stack:
-        for device_type in device_types:
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield

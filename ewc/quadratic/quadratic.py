@@ -1,9 +1,9 @@
-"""One quadratic for any number of tasks.
+"""The quadratic that one parameter contributes to the penalty, for any number of tasks.
 
-The EWC penalty is a sum of one quadratic per task, each around its own anchor. A sum of quadratics
-is a quadratic: keeping that one, instead of the terms, is what makes time and memory independent of
-the number of tasks. It is updated, never recomputed from sums such as `sum of F * anchor^2`: those
-cancel in float32.
+EWC adds one quadratic for each task, around the anchor of that task. A sum of quadratics is a
+quadratic. Keeping the sum, and not its terms, makes time and memory independent of the number of
+tasks. It is updated task by task and never recomputed from sums such as `sum of F * anchor^2`,
+which cancel in float32.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from ewc.processes.layout import full_tensor, with_layout_of
 
 @dataclass(frozen=True)
 class Quadratic:
-    """What is known of one parameter: `sum of fisher * |theta - anchor|^2 + constant`.
+    """`sum of fisher * |theta - anchor|^2 + constant`, for one parameter `theta`.
 
     Attributes:
         fisher: The curvature, real, `>= 0`, at least float32; the parameter's shape, or fewer rows
-            in dimension 0 when the parameter has grown since.
-        anchor: Where the quadratic is smallest, the same shape, at least float32.
-        constant: What the penalty is there, because several tasks disagree about the anchor.
+            in dimension 0 if the parameter has grown since the last consolidation.
+        anchor: The minimiser; the shape of `fisher`, at least float32.
+        constant: The minimum. It is greater than 0 where tasks have different anchors.
     """
 
     fisher: Tensor
@@ -30,29 +30,35 @@ class Quadratic:
     constant: float = 0.0
 
     def plus(self, fisher: Tensor, anchor: Tensor) -> "Quadratic":
-        r"""Add the quadratic of one more task.
+        r"""The sum of this quadratic and that of one more task.
 
-        With `A` for the sum of Fishers and `mu` for the anchor of the sum,
+        With `A` for the sum of the Fishers so far, `mu` for this anchor and `theta*` for the new
+        one,
 
             A' = A + F,   mu' = mu + F/A' (theta* - mu),   c' = c + sum of A F/A' |theta* - mu|^2,
 
-        and `mu' = theta*` where `A` is 0: exactly, so that the first penalty is exactly 0 there.
+        and `mu' = theta*` where `A` is 0: exactly, so that the penalty of a first task is exactly
+        0 at its anchor.
 
         Args:
-            fisher: `F`, the parameter's shape.
-            anchor: `theta*`, the parameter's shape.
+            fisher: `F`, of the parameter's shape.
+            anchor: `theta*`, of the parameter's shape.
         """
         old = self.grown(anchor)
-        total = old.fisher + fisher
-        # Keeps 0/0 out; a curvature below the smallest normal number weighs nothing.
-        share = fisher / total.clamp_min(torch.finfo(total.dtype).tiny)
+        curvature = old.fisher + fisher
+        # The bound avoids 0/0; an entry below the smallest normal number has no weight.
+        share = fisher / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)
         distance = anchor - old.anchor
         mean = torch.where(old.fisher == 0, anchor, old.anchor + share * distance)
         rise = full_tensor((old.fisher * share * distance.abs().square()).sum()).item()
-        return Quadratic(total, mean, old.constant + rise)
+        return Quadratic(curvature, mean, old.constant + rise)
 
     def grown(self, anchor: Tensor) -> "Quadratic":
-        """The same quadratic on a parameter with more rows: flat there, anchored at `anchor`."""
+        """This quadratic for a parameter that has grown: new rows have curvature 0.
+
+        Args:
+            anchor: The anchor of the new rows, of the parameter's present shape.
+        """
         if self.fisher.shape == anchor.shape:
             return self
         new = anchor[self.fisher.shape[0] :]
@@ -61,13 +67,13 @@ class Quadratic:
             torch.cat([self.fisher, flat]), torch.cat([self.anchor, new]), self.constant
         )
 
-    def beside(self, parameter: nn.Parameter) -> "Quadratic":
-        """The same quadratic on the parameter's device, in no less than the parameter's dtype.
+    def like(self, parameter: nn.Parameter) -> "Quadratic":
+        """This quadratic on the parameter's device, at least as wide, and sharded as it is.
 
-        And sharded as the parameter is: a collective, if it was sharded otherwise before.
+        A collective if the parameter is sharded in another way than the quadratic.
         """
         fisher = self.fisher.to(parameter.device, curvature_dtype(parameter, self.fisher.dtype))
-        # No narrower than the Fisher, which a loaded state may have as float64 and it as float32.
+        # At least as wide as the Fisher: a loaded state may have a wider Fisher than anchor.
         wide = anchor_dtype(parameter, self.anchor.dtype, fisher.dtype)
         anchor = self.anchor.to(parameter.device, wide)
         fisher, anchor = with_layout_of(fisher, parameter), with_layout_of(anchor, parameter)
@@ -76,29 +82,37 @@ class Quadratic:
         return Quadratic(fisher, anchor, self.constant)
 
     def clone(self) -> "Quadratic":
-        """A copy that shares no memory."""
+        """A copy that shares no memory with this one."""
         return Quadratic(self.fisher.clone(), self.anchor.clone(), self.constant)
 
 
-def fits(known: torch.Size, now: torch.Size) -> bool:
-    """Whether a parameter of shape `now` is one of shape `known`, perhaps grown in dimension 0."""
-    if known == now:
+def fits(shape: torch.Size, present: torch.Size) -> bool:
+    """Whether a parameter of shape `shape` may have become one of shape `present`.
+
+    It may if they are equal, or the parameter has gained rows in dimension 0.
+    """
+    if shape == present:
         return True
-    return len(known) == len(now) > 0 and known[1:] == now[1:] and known[0] < now[0]
+    return len(shape) == len(present) > 0 and shape[1:] == present[1:] and shape[0] < present[0]
 
 
-def covered(parameter: Tensor, anchor: Tensor) -> Tensor:
-    """The rows of a parameter that its quadratic knows: all, unless the parameter has grown."""
+def protected_rows(parameter: Tensor, anchor: Tensor) -> Tensor:
+    """The rows of a parameter that have an anchor: all of them, unless it has grown."""
     return parameter if parameter.shape == anchor.shape else parameter[: anchor.shape[0]]
 
 
+def n_rows(tensor: Tensor) -> int:
+    """The size of dimension 0; a scalar counts as one row."""
+    return tensor.shape[0] if tensor.dim() else 1
+
+
 def snapshot(parameter: nn.Parameter) -> Tensor:
-    """A copy of a parameter's values, in at least float32: half has no room for a mean."""
+    """A copy of a parameter's values, in at least float32, for the mean of many anchors."""
     return parameter.detach().to(anchor_dtype(parameter), copy=True).contiguous()
 
 
 def anchor_dtype(parameter: Tensor, *others: torch.dtype) -> torch.dtype:
-    """The dtype of an anchor: at least float32, never less than it has been, complex if needed."""
+    """The dtype of an anchor: the widest of the parameter's, float32, and `others`."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     for other in others:
         dtype = torch.promote_types(dtype, other)
@@ -106,5 +120,5 @@ def anchor_dtype(parameter: Tensor, *others: torch.dtype) -> torch.dtype:
 
 
 def curvature_dtype(parameter: Tensor, *others: torch.dtype) -> torch.dtype:
-    """The dtype of a Fisher: as `anchor_dtype`, but real."""
+    """The dtype of a Fisher: that of an anchor, but real."""
     return anchor_dtype(parameter, *others).to_real()

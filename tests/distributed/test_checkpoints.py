@@ -168,7 +168,7 @@ def broken(rank: int, world: int) -> str:
 
 def test_row_28c_a_state_that_one_rank_refuses(two: Workers) -> None:
     innocent, guilty = two.run(broken)
-    assert guilty.startswith("ValueError: This state does not fit")
+    assert guilty.startswith("ValueError: The state must fit")
     assert "must be >= 0" in guilty
     assert innocent.startswith("RuntimeError: ")
     assert "rank 1: ValueError" in innocent

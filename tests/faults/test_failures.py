@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import ewc._ewc as module
 from ewc import EWC, Classification, Custom, Likelihood, ZeroFisherWarning
 from ewc.model.guard import Guard
 from tests._asserts import fails_at, raises, unchanged
@@ -232,7 +231,7 @@ def test_row_17_a_stop_iteration_ends_no_loop_of_ours(kind, place):
 
 
 @ERRORS
-@pytest.mark.parametrize("step", ["collect", "snapshot", "in_order", "Binding", "State"])
+@pytest.mark.parametrize("step", ["collect", "snapshot", "in_order", "Binding", "State", "measure"])
 def test_row_17a_an_error_while_committing(kind, monkeypatch, error, step):
     model, ewc = make(kind)
     expected = ewc().item()
@@ -241,7 +240,7 @@ def test_row_17a_an_error_while_committing(kind, monkeypatch, error, step):
         raise error
 
     with monkeypatch.context() as patch, unchanged(ewc, model), raises(type(error), "stop"):
-        patch.setattr(module, step, fail)
+        patch.setattr(f"ewc._ewc.{step}", fail)
         ewc.consolidate(make_task(1))
     assert ewc().item() == expected
 

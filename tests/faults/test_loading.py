@@ -97,27 +97,36 @@ def misspelt(state):
         (put(3, "other"), ["unexpected key 'other'"]),
         (misspelt, ["missing key 'fisher'", "unexpected key 'fishr' (nearest: 'fisher'"]),
         (rename, ["unexpected '0.wieght'", "no such parameter (nearest: '0.weight'"]),
-        (put(torch.zeros(8), "fisher", "0.bias"), ["shape (8,), the parameter (7,)"]),
-        (put(torch.zeros(6), "anchor", "0.bias"), ["shape (7,), its anchor (6,)"]),
-        (put(torch.zeros(7, 1), "fisher", "0.bias"), ["shape (7, 1), the parameter (7,)"]),
+        (
+            put(torch.zeros(8), "fisher", "0.bias"),
+            ["fisher['0.bias'] must have the parameter's shape (7,)", "found (8,)"],
+        ),
+        (put(torch.zeros(6), "anchor", "0.bias"), ["the shape of its anchor, (6,); found (7,)"]),
+        (
+            put(torch.zeros(7, 1), "fisher", "0.bias"),
+            ["the parameter's shape (7,)", "found (7, 1)"],
+        ),
         (negative, ["fisher['0.bias'] must be >= 0", "-1"]),
         (not_a_number, ["fisher['0.bias'] must be finite"]),
         (put(torch.full((7,), torch.inf), "anchor", "0.bias"), ["anchor['0.bias'] must be finite"]),
         (put(torch.zeros(7).half(), "fisher", "0.bias"), ["fisher['0.bias']", "float16"]),
         (put(torch.zeros(7).cfloat(), "anchor", "0.bias"), ["anchor['0.bias']", "complex64"]),
         (put(torch.zeros(7).to_sparse(), "fisher", "0.bias"), ["fisher['0.bias']", "dense", "coo"]),
-        (put(torch.zeros(7).to("meta"), "anchor", "0.bias"), ["anchor['0.bias']", "hold values"]),
+        (put(torch.zeros(7).to("meta"), "anchor", "0.bias"), ["anchor['0.bias']", "have values"]),
         (put([0.0] * 7, "fisher", "0.bias"), ["fisher['0.bias'] must be a tensor; found list"]),
         (put("x", "constant", "0.bias"), ["constant['0.bias'] must be a finite float"]),
         (put(float("inf"), "constant", "0.bias"), ["constant['0.bias'] must be a finite float"]),
         (put(8, "free_rows", "0.bias"), ["free_rows['0.bias']", "[0, 7]; found 8"]),
-        (put(2, "version"), ["'version' is 2", "versions up to 1", "later release"]),
-        (put("1", "version"), ["'version' is '1'"]),
+        (put(2, "version"), ["'version' must be an integer in [1, 1]; found 2", "later release"]),
+        (put("1", "version"), ["'version' must be an integer in [1, 1]; found '1'"]),
         (put(-1, "n_tasks"), ["'n_tasks' must be an integer >= 0; found -1"]),
         (put(True, "n_tasks"), ["'n_tasks' must be an integer >= 0; found True"]),
-        (put("Other", "kind"), ["'kind' is 'Other' in the state and", "build the object as"]),
-        (put("sum", "reduction"), ["'reduction' is 'sum' in the state and 'mean' in this"]),
-        (put("mc", "fisher_type"), ["'fisher_type' is 'mc' in the state and 'empirical'"]),
+        (put("Other", "kind"), ["as in this object; found 'Other'", "build the object as"]),
+        (put("sum", "reduction"), ["'reduction' must be 'mean', as in this object; found 'sum'"]),
+        (
+            put("mc", "fisher_type"),
+            ["'fisher_type' must be 'empirical', as in this object; found 'mc'"],
+        ),
         (put([], "fisher"), ["'fisher' must be a dict by name; found list"]),
         (put("abc", "parameters"), ["'parameters' must be a list of names; found str"]),
         (put(None, "parameters"), ["'parameters' must be a list of names; found NoneType"]),
@@ -162,10 +171,10 @@ def test_row_28_all_at_once(kind):
             "fisher['0.bias']",
             "anchor['0.bias']",
             "missing fisher['2.weight']",
-            "anchor['2.bias'] has shape (9,)",
+            "anchor['2.bias'] must have the parameter's shape (3,)",
             "missing key 'constant'",
-            "'version' is 7",
-            "'fisher_type' is 'exact'",
+            "'version' must be an integer in [1, 1]; found 7",
+            "'fisher_type' must be 'empirical', as in this object; found 'exact'",
             "unexpected key 'more'",
         ),
     ):
@@ -183,7 +192,7 @@ def test_row_28_an_empty_dict(kind):
 def test_row_28_another_configuration_of_online(options):
     _, ewc = make(OnlineEWC)
     model, other = make(OnlineEWC, **options)
-    with unchanged(other, model), raises(ValueError, f"{next(iter(options))!r} is"):
+    with unchanged(other, model), raises(ValueError, f"{next(iter(options))!r} must be"):
         other.load_state_dict(ewc.state_dict())
 
 
@@ -191,14 +200,17 @@ def test_row_28_another_class(kind):
     kinds = {"EWC": package.OnlineEWC, "OnlineEWC": package.EWC}
     model, ewc = make(kind)
     _, other = make(kinds[kind.__name__])
-    with unchanged(ewc, model), raises(ValueError, f"'kind' is '{type(other).__name__}'"):
+    with (
+        unchanged(ewc, model),
+        raises(ValueError, f"'kind' must be '{kind.__name__}'", f"found '{type(other).__name__}'"),
+    ):
         ewc.load_state_dict(other.state_dict())
 
 
 def test_row_28b_the_whole_checkpoint_instead_of_its_part(kind):
     model, ewc = make(kind)
     checkpoint = {"model": model.state_dict(), "ewc": ewc.state_dict()}
-    with unchanged(ewc, model), raises(ValueError, "holds a state itself: load state['ewc']"):
+    with unchanged(ewc, model), raises(ValueError, "is a state itself. Fix: load state['ewc']"):
         ewc.load_state_dict(checkpoint)
     with unchanged(ewc, model), raises(ValueError, "unexpected key '0.weight'", "missing key"):
         ewc.load_state_dict(checkpoint["model"])
@@ -233,7 +245,7 @@ def test_row_28a_no_name_matches(kind):
     _, ewc = make(kind)
     model = nn.ModuleDict({"body": nn.Linear(2, 2)})
     other = kind(model, Classification())
-    parts = ("none of its parameters is in the model", "'0.weight'", "'body.weight'")
+    parts = ("at least one of its parameters must be in the model", "'0.weight'", "'body.weight'")
     with unchanged(other, model), raises(ValueError, *parts):
         other.load_state_dict(ewc.state_dict())
 

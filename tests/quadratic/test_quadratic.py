@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ewc.quadratic.quadratic import Quadratic, covered, fits, snapshot
+from ewc.quadratic.quadratic import Quadratic, fits, protected_rows, snapshot
 
 
 def tasks_of(n_tasks, size, seed, *, sparsity=0.0, dtype=torch.float32):
@@ -87,17 +87,17 @@ def test_grown_rows_are_flat_until_the_next_task():
 
 def test_is_never_narrowed():
     quadratic = Quadratic(torch.rand(3), torch.rand(3))
-    wide = quadratic.beside(nn.Parameter(torch.zeros(3, dtype=torch.float64)))
+    wide = quadratic.like(nn.Parameter(torch.zeros(3, dtype=torch.float64)))
     assert wide.fisher.dtype is wide.anchor.dtype is torch.float64
-    again = wide.beside(nn.Parameter(torch.zeros(3)))
+    again = wide.like(nn.Parameter(torch.zeros(3)))
     assert again is wide
 
 
 def test_complex_parameter_has_a_real_fisher():
     quadratic = Quadratic(torch.rand(3), torch.rand(3))
-    beside = quadratic.beside(nn.Parameter(torch.zeros(3, dtype=torch.complex128)))
-    assert beside.fisher.dtype is torch.float64
-    assert beside.anchor.dtype is torch.complex128
+    like = quadratic.like(nn.Parameter(torch.zeros(3, dtype=torch.complex128)))
+    assert like.fisher.dtype is torch.float64
+    assert like.anchor.dtype is torch.complex128
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_fits(known, now, expected):
     assert fits(torch.Size(known), torch.Size(now)) is expected
 
 
-def test_covered_rows():
+def test_protected_rows():
     parameter = torch.arange(6.0).reshape(3, 2)
-    assert covered(parameter, torch.zeros(3, 2)) is parameter
-    assert torch.equal(covered(parameter, torch.zeros(2, 2)), parameter[:2])
+    assert protected_rows(parameter, torch.zeros(3, 2)) is parameter
+    assert torch.equal(protected_rows(parameter, torch.zeros(2, 2)), parameter[:2])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,91 @@
+"""What consolidations leave behind, and whether a model still fits it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ewc._checks import check_materialised
+from ewc.model.names import find, is_parametrized
+from ewc.processes.layout import is_sharded, local
+from ewc.quadratic.quadratic import Quadratic, fits
+
+
+@dataclass(frozen=True)
+class State:
+    """What an object has consolidated. It is replaced, never changed: all or nothing.
+
+    Attributes:
+        quadratics: By canonical name, in canonical order.
+        n_tasks: How many consolidations there were.
+        warned: The names for which a `ZeroFisherWarning` was issued.
+        warned_slow: Whether a `SlowPathWarning` was issued.
+    """
+
+    quadratics: Mapping[str, Quadratic] = field(default_factory=dict)
+    n_tasks: int = 0
+    warned: frozenset[str] = frozenset()
+    warned_slow: bool = False
+
+
+def check_fit(model: nn.Module, state: State, chosen: Iterable[str]) -> None:
+    """Refuse a model whose parameters no longer have the names or shapes in the state.
+
+    Args:
+        model: The unwrapped model.
+        state: What was consolidated.
+        chosen: Names that the model must have even if they have no quadratic yet.
+
+    Raises:
+        ValueError: Parameters are gone, parametrized, or of another shape; all of them are listed.
+            Or parameters have no values, and the state would lose its own if it followed them.
+    """
+    found = {name: find(model, name) for name in [*state.quadratics, *chosen]}
+    check_materialised((name, one) for name, one in found.items() if one is not None)
+    problems = {}
+    for name, parameter in found.items():
+        if parameter is None:
+            problems[name] = "has been parametrized" if is_parametrized(model, name) else "is gone"
+            continue
+        if name not in state.quadratics:
+            continue
+        shape = state.quadratics[name].anchor.shape
+        if not fits(shape, parameter.shape):
+            problems[name] = (
+                f"has changed its shape from {tuple(shape)} to {tuple(parameter.shape)}"
+            )
+        elif is_sharded(parameter) and shape != parameter.shape:
+            problems[name] = "has grown and is sharded, which is not supported"
+    if problems:
+        raise ValueError(
+            "Protected parameters must keep their names and shapes (they may grow along "
+            "dimension 0); found that "
+            + "; ".join(f"{name!r} {what}" for name, what in problems.items())
+            + f". Fix: undo the change, or release them: forget({', '.join(map(repr, problems))})."
+        )
+
+
+def check_finite(quadratics: Mapping[str, Quadratic], reduction: str) -> None:
+    """Refuse quadratics that no finite penalty follows from.
+
+    Raises:
+        ValueError: A Fisher or an anchor is not finite; the message names them.
+    """
+    overflowed = [name for name, q in quadratics.items() if not local(q.fisher).isfinite().all()]
+    if overflowed:
+        raise ValueError(
+            f"The Fisher must be finite; that of {_listed(overflowed)} overflows. Fix: check the "
+            "scale of the likelihood"
+            + ("." if reduction == "mean" else ', or use reduction="mean".')
+        )
+    non_finite = [name for name, q in quadratics.items() if not local(q.anchor).isfinite().all()]
+    if non_finite:
+        raise ValueError(
+            f"Protected parameters must be finite; {_listed(non_finite)} has NaN or infinite "
+            "entries. Fix: repair the values, or exclude the parameter by requires_grad_(False) "
+            "or the argument parameters."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
