@@ -1,12 +1,10 @@
-"""Elastic Weight Consolidation as one object beside the optimizer.
+"""`EWC`: the object that users hold; it connects the Fisher estimate, the state and the penalty.
 
-It holds what consolidations have learned, follows the model's parameters by name, and turns both
-into a penalty. What is a Fisher is decided in `ewc.fisher`, what is a quadratic in
-`ewc.quadratic.quadratic`; here they are put together, all or nothing.
+The Fisher is computed in `ewc.fisher`, and accumulated in `ewc.quadratic`. Here a consolidation
+commits both or neither, and every other method reads the state that it left.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,24 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ewc._checks import check_initialised, check_materialised, choice, number, positive_int
-from ewc._estimate import (
-    samples_in,
-    silent_in,
-    silent_message,
-    slow_message,
-)
 from ewc._options import FisherType, Reduction
 from ewc._summary import Summary, measure
+from ewc._task import Estimate, Task, check_forward, check_likelihood, checked_task
 from ewc.data.calling import Forward
-from ewc.errors import SlowPathWarning, ZeroFisherWarning
-from ewc.fisher import collect
 from ewc.likelihoods import Likelihood
 from ewc.model.names import find, in_order, named_parameters, nearest, unwrap
 from ewc.model.randomness import Randomness
 from ewc.model.selection import select
 from ewc.processes.groups import ranks_of, wrapper_group
 from ewc.processes.layout import has_sharded_parameters
-from ewc.processes.ranks import SINGLE_PROCESS
+from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 from ewc.quadratic.binding import Binding, traced_penalty
 from ewc.quadratic.checkpoint import dump, restore
 from ewc.quadratic.penalty import result_dtype
@@ -42,14 +33,9 @@ from ewc.quadratic.state import State, check_finite, check_fit
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_MEANS_TO_SUPPORT = {
-    "exact": "exact_terms(outputs, *rest) -> [K, N]",
-    "mc": "sample(outputs) -> targets",
-}
-
 
 class EWC:
-    r"""Protect what a model has learned, task after task, by Elastic Weight Consolidation.
+    r"""Elastic Weight Consolidation: a penalty that protects earlier tasks in training.
 
     The penalty after `T` consolidations is
 
@@ -64,21 +50,21 @@ class EWC:
 
     Args:
         model: The model whose parameters are protected, wrapped (DDP, compiled, ...) or not.
-        likelihood: What the outputs mean.
+        likelihood: The distribution of the targets that the outputs describe.
         strength: lambda, a finite number `>= 0`.
         parameters: `None`: every parameter with `requires_grad` when a consolidation starts. Else
             names, or `(name, parameter)` pairs of this model.
-        forward: `forward(model, batch) -> outputs`, where calling the model on the batch's inputs
-            is not enough. It may be handed any part of a batch, also inside `torch.func.vmap`.
+        forward: `forward(model, batch) -> outputs`, if the outputs are more than the model called
+            on the inputs. It may get any part of a batch, also inside `torch.func.vmap`.
         fisher_type: `"empirical"` (the targets in the data), `"exact"` (the expectation over the
             model's predictive distribution) or `"mc"` (one draw from it per sample).
         reduction: `"mean"`: the Fisher is averaged over samples. `"sum"`: it is the sum over all
             samples of the task, `N` times that.
-        max_samples: At most so many samples per consolidation, over all processes together.
-        process_group: Where batches are sharded over processes. `None`: the group of the
+        max_samples: The most samples per consolidation, over all processes together.
+        process_group: The group over which batches are sharded. `None`: the group of the
             `DistributedDataParallel` wrapper, or the mesh of `fully_shard`, else the world, if it
-            is initialised. A group of one rank opts out: that process runs over all the data
-            itself. Shared by `copy.deepcopy`, dropped by pickle.
+            is initialised. With a group of one rank, a process runs over all the data itself.
+            Shared by `copy.deepcopy`, dropped by pickle.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -97,7 +83,7 @@ class EWC:
         2
     """
 
-    _kind = "EWC"  # what the state calls itself, whatever a subclass is called
+    _kind = "EWC"  # identifies the class in a state, whatever a subclass is called
 
     def __init__(
         self,
@@ -117,8 +103,9 @@ class EWC:
         self.strength = strength
         self._fisher_type: FisherType = choice("fisher_type", fisher_type, get_args(FisherType))
         self._reduction: Reduction = choice("reduction", reduction, get_args(Reduction))
-        self._likelihood = self._checked_likelihood(likelihood)
-        self._forward = _checked_forward(forward)
+        check_likelihood(likelihood, self._fisher_type)
+        check_forward(forward)
+        self._likelihood, self._forward = likelihood, forward
         self._max_samples = (
             None if max_samples is None else positive_int("max_samples", max_samples)
         )
@@ -127,7 +114,7 @@ class EWC:
         self._chosen = None if parameters is None else select(model, parameters)
         self._state = State()
         self._binding: Binding | None = None
-        self._to_collect()
+        self._checked_trainable()
 
     @property
     def strength(self) -> float:
@@ -140,7 +127,7 @@ class EWC:
 
     @property
     def n_tasks(self) -> int:
-        """How many consolidations there were."""
+        """The number of consolidations."""
         return self._state.n_tasks
 
     @property
@@ -150,7 +137,7 @@ class EWC:
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        """Where the penalty is smallest, by canonical name; copies, in at least float32."""
+        """The minimiser of the penalty, by canonical name; copies, in at least float32."""
         return self._copies(lambda quadratic: quadratic.anchor)
 
     def __call__(self) -> Tensor:
@@ -159,8 +146,8 @@ class EWC:
         Returns:
             A differentiable scalar on the (first) protected parameter's device, in at least
             float32; 0 before the first consolidation. Nothing is synchronised, and autocast is
-            off inside. Where parameters are sharded, it is the same number on every process, and
-            all of them must call this.
+            off inside. If parameters are sharded, it is the same number on every process, and all
+            of them must call this.
 
         Raises:
             ValueError: A protected parameter is gone or has changed its shape, other than by
@@ -186,14 +173,14 @@ class EWC:
         dataset_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Summary:
-        """Take the model as it is now for the solution of one more task, and protect it.
+        """Protect the model's present parameters as the solution of one more task.
 
-        One pass over the batches; then Fisher and anchor are committed, all or nothing: whatever
-        goes wrong, this object and the model are as before. Called twice, it counts two tasks.
+        One pass over the batches estimates the Fisher; then Fisher and anchor are committed. On
+        any error, this object and the model are as before. Two calls count as two tasks.
 
-        With several processes, each runs over its own part of the data and all of them must call
-        this; the result is that of one process that has seen all samples, and it fails on all if
-        it fails on one.
+        In distributed training each process runs over its own share of the data, and all of them
+        must call this. The result is that of one process with all samples, and an error on one
+        process is an error on all.
 
         Args:
             batches: Any iterable of batches of the task. A list, a tuple or a `DataLoader` is read
@@ -202,88 +189,44 @@ class EWC:
             likelihood: For this task only, for instance with the outputs of its own head.
             forward: For this task only.
             dataset_size: N of `reduction="sum"`, which alone reads it. By default the samples
-                seen, or `len(batches.dataset)` if `max_samples` has cut the pass short.
+                seen, or `len(batches.dataset)` if `max_samples` has ended the pass early.
             generator: Source of the draws of `fisher_type="mc"`. By default the global one.
 
         Returns:
-            What was done, and the curvature of the penalty from now on.
+            A summary of this consolidation, and of the curvature that the penalty has after it.
 
         Raises:
             TypeError: An argument is of the wrong kind.
-            ValueError: An argument is out of range, the data or the likelihood is not as it
-                should be, every entry of the Fisher is zero, or the processes differ in what must
-                be the same on all of them.
+            ValueError: An argument is out of range, the data or the likelihood is invalid, every
+                entry of the Fisher is zero, or the processes differ in what must be the same.
             RuntimeError: It has failed on another process.
 
         Warns:
-            ZeroFisherWarning: Once for each parameter whose Fisher is all zero.
-            SlowPathWarning: Once, where most samples had to be run one at a time.
+            ZeroFisherWarning: Once for each parameter whose Fisher is zero in every entry.
+            SlowPathWarning: Once, if most samples were run one at a time.
         """
         ranks = ranks_of(self._model, self._process_group)
         with ranks.all_or_none():
-            if not isinstance(batches, Iterable):
-                raise TypeError(
-                    "batches must be an iterable of batches, such as a DataLoader; found "
-                    f"{type(batches).__name__}."
-                )
-            likelihood = (
-                self._likelihood if likelihood is None else self._checked_likelihood(likelihood)
+            task = checked_task(
+                batches,
+                self._likelihood if likelihood is None else likelihood,
+                self._forward if forward is None else forward,
+                dataset_size,
+                generator,
+                fisher_type=self._fisher_type,
             )
-            forward = self._forward if forward is None else _checked_forward(forward)
-            if dataset_size is not None:
-                dataset_size = positive_int("dataset_size", dataset_size)
-            if generator is not None and not isinstance(generator, torch.Generator):
-                raise TypeError(
-                    f"generator must be a torch.Generator; found {type(generator).__name__}."
-                )
-            self._check_fit()
-            parameters = self._to_collect()
-            ranks.agree(self._common(parameters, dataset_size))
-
+            parameters = self._agreed_parameters(task, ranks)
             randomness = Randomness(parameter.device for parameter in parameters.values())
             with randomness.unchanged_on_failure(generator):
-                squares = collect(
-                    self._model,
-                    parameters,
-                    batches,
-                    likelihood=likelihood,
-                    forward=forward,
-                    fisher_type=self._fisher_type,
-                    max_samples=self._max_samples,
-                    generator=generator,
-                    ranks=ranks,
-                )
-                with torch.inference_mode(False), torch.no_grad():
-                    weight = 1
-                    if self._reduction == "sum":
-                        weight = samples_in(batches, squares, dataset_size, ranks)
-                    fisher = {
-                        name: each.div_(squares.samples / weight).contiguous()
-                        for name, each in squares.sums.items()
-                    }
-                    silent = silent_in(fisher, ranks)
-                    state = self._merged_state(parameters, fisher, silent, squares.slow)
-                    binding = Binding(self._model, state, self._precision)
-                    summary = Summary(
-                        n_tasks=state.n_tasks,
-                        samples=squares.samples,
-                        parameters=measure(binding.precisions),
-                        paths=dict(squares.paths),
-                        reasons=dict(squares.reasons),
-                    )
-                for name in silent:
-                    if name not in self._state.warned and parameters[name].numel():
-                        warnings.warn(
-                            silent_message(name, squares), ZeroFisherWarning, stacklevel=2
-                        )
-                if squares.slow and not self._state.warned_slow:
-                    warnings.warn(slow_message(squares), SlowPathWarning, stacklevel=2)
+                estimate = self._estimate(task, parameters, ranks)
+                binding, summary = self._consolidated(parameters, estimate)
+                estimate.warn(self._state)
                 ranks.barrier("the end")
         self._state, self._binding = binding.state, binding
         return summary
 
     def forget(self, *names: str) -> None:
-        """Release parameters: what was learned about them is dropped, and they are free.
+        """Release parameters: their Fisher and anchor are dropped, and the penalty omits them.
 
         Those that are still in the model are collected again by the next consolidation.
 
@@ -298,65 +241,58 @@ class EWC:
             raise TypeError(f"forget takes one or more names of parameters; found {names!r}.")
         chosen = self._chosen or ()
         known = [*self._state.quadratics, *chosen, *named_parameters(self._model)]
-        unknown = [name for name in names if name not in known]
+        unknown = [f"{name!r} ({nearest(name, known)})" for name in names if name not in known]
         if unknown:
             raise ValueError(
-                "forget takes names of protected parameters; unknown: "
-                + "; ".join(f"{name!r} ({nearest(name, known)})" for name in unknown)
+                "forget takes the names of protected parameters; found unknown ones: "
+                + "; ".join(unknown)
                 + "."
             )
-        kept = {
-            name: quadratic
-            for name, quadratic in self._state.quadratics.items()
-            if name not in names
-        }
+        kept = {name: q for name, q in self._state.quadratics.items() if name not in names}
         if self._chosen is not None:
-            # Those that are gone from the model can never be collected again.
+            # A released name that is gone from the model can never be collected again.
             self._chosen = tuple(
                 name for name in chosen if name not in names or find(self._model, name) is not None
             )
         self._state = replace(self._state, quadratics=kept)
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
-        """What was learned, for a checkpoint: nested dicts of tensors and plain values.
+        """The state for a checkpoint: nested dicts of tensors, which are copies, and plain values.
 
-        `strength` is not in it: it belongs to the run. The tensors are copies.
+        `strength` is not in it: it belongs to the run.
 
         Args:
-            full: Whole tensors where parameters are sharded, for `torch.save`. A collective: call
-                it on every process. Without sharded parameters, it makes no difference.
+            full: Full tensors in place of sharded ones, for `torch.save`. A collective: call it
+                on every process. Without sharded parameters it makes no difference.
 
         Raises:
             ValueError: A protected parameter is gone or has changed its shape.
         """
         self._check_fit()
         with torch.inference_mode(False), torch.no_grad():
-            return dump(self._state, self._all_protected(), self._configuration(), full=full)
+            return dump(self._state, self._protected(), self._configuration(), full=full)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what another object has learned, on this model's devices.
+        """Replace the state by that of another object, on the devices of this model.
 
-        Everything is validated first; on any error, nothing has changed. Where parameters are
-        sharded, all processes must call this, with whole tensors or sharded ones.
+        Everything is validated first; on any error, nothing has changed. If parameters are
+        sharded, all processes must call this, with full tensors or sharded ones.
 
         Args:
             state: What `state_dict` returned. It is copied.
 
         Raises:
             TypeError: `state` is not a dict.
-            ValueError: It is of another version, class, configuration or model; all that is wrong
-                is listed.
+            ValueError: It is of another version, class, configuration or model; all problems are
+                listed.
 
         Warns:
-            UserWarning: Once, where the model has parts that the state does not cover. They are
-                free until the next consolidation.
-            NothingProtectedWarning: Instead, where the state protects nothing at all.
+            UserWarning: Once, if the model has parts that the state does not cover. They are free
+                until the next consolidation.
+            NothingProtectedWarning: Instead, if the state protects nothing at all.
         """
-        ranks = (
-            ranks_of(self._model, self._process_group)
-            if has_sharded_parameters(self._model)
-            else SINGLE_PROCESS
-        )
+        sharded = has_sharded_parameters(self._model)
+        ranks = ranks_of(self._model, self._process_group) if sharded else SINGLE_PROCESS
         with ranks.all_or_none(), torch.inference_mode(False), torch.no_grad():
             restored = restore(
                 state,
@@ -378,7 +314,7 @@ class EWC:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Handles on processes and on the dictionaries of a live model do not travel.
+        # Process groups, and references into a live model, cannot be copied.
         return {**self.__dict__, "_binding": None, "_process_group": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "EWC":
@@ -388,27 +324,97 @@ class EWC:
         other._process_group = self._process_group
         return other
 
-    # What OnlineEWC does otherwise.
+    # What OnlineEWC overrides.
 
     def _configuration(self) -> dict[str, Any]:
-        """What gives the numbers in a state their meaning."""
+        """The options that give the numbers in a state their meaning."""
         return {
             "kind": self._kind,
             "fisher_type": self._fisher_type,
             "reduction": self._reduction,
         }
 
-    def _merged(self, known: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
-        """What is known of a parameter after this task, which has collected it."""
-        return Quadratic(fisher, anchor) if known is None else known.plus(fisher, anchor)
+    def _updated(self, old: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
+        """The quadratic of a parameter that this task has collected; `old` is that before."""
+        return Quadratic(fisher, anchor) if old is None else old.plus(fisher, anchor)
 
-    def _passed(self, known: Quadratic) -> Quadratic:
-        """What is known of a parameter after this task, which has not collected it."""
-        return known
+    def _not_collected(self, old: Quadratic) -> Quadratic:
+        """The quadratic of a parameter that this task has not collected."""
+        return old
 
-    def _precision(self, name: str, known: Quadratic) -> Tensor:
+    def _precision(self, name: str, quadratic: Quadratic) -> Tensor:
         """The curvature of the penalty, before `strength`."""
-        return known.fisher
+        return quadratic.fisher
+
+    # The steps of a consolidation.
+
+    def _agreed_parameters(self, task: Task, ranks: Ranks) -> dict[str, nn.Parameter]:
+        """The parameters to collect; model, options and task are the same on all processes."""
+        self._check_fit()
+        parameters = self._checked_trainable()
+        configuration = self._configuration()
+        ranks.agree(
+            {
+                **{f"the shape of {name!r}": tuple(p.shape) for name, p in parameters.items()},
+                **{key: one for key, one in configuration.items() if not isinstance(one, dict)},
+                "strength": self._strength,
+                "max_samples": self._max_samples,
+                "dataset_size": task.dataset_size,
+                "n_tasks": self.n_tasks,
+            }
+        )
+        return parameters
+
+    def _estimate(
+        self, task: Task, parameters: Mapping[str, nn.Parameter], ranks: Ranks
+    ) -> Estimate:
+        """The Fisher estimate of a task."""
+        return task.estimate(
+            self._model,
+            parameters,
+            fisher_type=self._fisher_type,
+            reduction=self._reduction,
+            max_samples=self._max_samples,
+            ranks=ranks,
+        )
+
+    def _consolidated(
+        self, parameters: Mapping[str, nn.Parameter], estimate: Estimate
+    ) -> tuple[Binding, Summary]:
+        """The state that includes one more task, bound to the model, and what to report of it."""
+        squares = estimate.squares
+        with torch.inference_mode(False), torch.no_grad():
+            quadratics = self._next_quadratics(parameters, estimate.fisher)
+            check_finite(quadratics, self._reduction)
+            state = State(
+                quadratics,
+                self._state.n_tasks + 1,
+                self._state.warned.union(estimate.zero),
+                self._state.warned_slow or squares.slow,
+            )
+            binding = Binding(self._model, state, self._precision)
+            summary = Summary(
+                n_tasks=state.n_tasks,
+                samples=squares.samples,
+                parameters=measure(binding.precisions),
+                paths=dict(squares.paths),
+                reasons=dict(squares.reasons),
+            )
+        return binding, summary
+
+    def _next_quadratics(
+        self, parameters: Mapping[str, nn.Parameter], fisher: Mapping[str, Tensor]
+    ) -> dict[str, Quadratic]:
+        quadratics = {}
+        for name in in_order(self._model, [*self._state.quadratics, *parameters]):
+            old = self._state.quadratics.get(name)
+            if name in parameters:
+                parameter = parameters[name]
+                old = None if old is None else old.like(parameter)
+                quadratics[name] = self._updated(old, fisher[name], snapshot(parameter))
+            elif old is not None:
+                quadratics[name] = self._not_collected(old)
+        return quadratics
 
     # The parameters, as they are now.
 
@@ -421,8 +427,8 @@ class EWC:
             candidates = {name: p for name, p in candidates.items() if id(p) in chosen}
         return {name: p for name, p in candidates.items() if p.requires_grad}
 
-    def _to_collect(self) -> dict[str, nn.Parameter]:
-        """The same, if they can be collected."""
+    def _checked_trainable(self) -> dict[str, nn.Parameter]:
+        """`_trainable`, if there are any and the model can be run."""
         trainable = self._trainable()
         if not trainable:
             raise ValueError(
@@ -433,54 +439,14 @@ class EWC:
         check_initialised(named_parameters(self._model).items())
         return trainable
 
-    def _all_protected(self) -> dict[str, nn.Parameter]:
-        """Those that have a quadratic, and those that the next consolidation would give one."""
+    def _protected(self) -> dict[str, nn.Parameter]:
+        """The parameters that have a quadratic, or that the next consolidation would give one."""
         names = in_order(self._model, [*self._state.quadratics, *self._trainable()])
         found = {name: find(self._model, name) for name in names}
         return {name: p for name, p in found.items() if p is not None}
 
-    def _common(
-        self, parameters: Mapping[str, nn.Parameter], dataset_size: int | None
-    ) -> dict[str, Any]:
-        """What must be the same on every process."""
-        configuration = self._configuration()
-        return {
-            **{f"the shape of {name!r}": tuple(p.shape) for name, p in parameters.items()},
-            **{key: one for key, one in configuration.items() if not isinstance(one, dict)},
-            "strength": self._strength,
-            "max_samples": self._max_samples,
-            "dataset_size": dataset_size,
-            "n_tasks": self.n_tasks,
-        }
-
     def _check_fit(self) -> None:
         check_fit(self._model, self._state, self._chosen or ())
-
-    # From Fisher to penalty.
-
-    def _merged_state(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        fisher: Mapping[str, Tensor],
-        silent: list[str],
-        slow: bool,
-    ) -> State:
-        merged = {}
-        for name in in_order(self._model, [*self._state.quadratics, *parameters]):
-            known = self._state.quadratics.get(name)
-            if name in parameters:
-                parameter = parameters[name]
-                beside = None if known is None else known.like(parameter)
-                merged[name] = self._merged(beside, fisher[name], snapshot(parameter))
-            elif known is not None:
-                merged[name] = self._passed(known)
-        check_finite(merged, self._reduction)
-        return State(
-            merged,
-            self._state.n_tasks + 1,
-            self._state.warned.union(silent),
-            self._state.warned_slow or slow,
-        )
 
     def _zero(self) -> Tensor:
         parameters = list(self._trainable().values()) or list(self._model.parameters())
@@ -488,32 +454,9 @@ class EWC:
 
     def _copies(self, of: Callable[[Quadratic], Tensor]) -> dict[str, Tensor]:
         copies = {}
-        for name, known in self._state.quadratics.items():
+        for name, quadratic in self._state.quadratics.items():
             parameter = find(self._model, name)
             if parameter is not None and not parameter.is_meta:
-                known = known.like(parameter)
-            copies[name] = of(known).clone()
+                quadratic = quadratic.like(parameter)
+            copies[name] = of(quadratic).clone()
         return copies
-
-    def _checked_likelihood(self, likelihood: Likelihood) -> Likelihood:
-        if not isinstance(likelihood, Likelihood):
-            raise TypeError(
-                "likelihood must be a Likelihood, such as Classification(); found "
-                f"{likelihood!r}. For a function, use Custom(nll)."
-            )
-        if not likelihood.supports(self._fisher_type):
-            raise ValueError(
-                f"fisher_type={self._fisher_type!r} needs a likelihood that defines "
-                f"{_MEANS_TO_SUPPORT[self._fisher_type]}; {type(likelihood).__name__} does not. "
-                'Define it, or take fisher_type="empirical".'
-            )
-        return likelihood
-
-
-def _checked_forward(forward: Forward | None) -> Forward | None:
-    if forward is not None and not callable(forward):
-        raise TypeError(
-            "forward must be a function forward(model, batch) -> outputs; found "
-            f"{type(forward).__name__}."
-        )
-    return forward

@@ -1,7 +1,7 @@
-"""Online EWC: one Fisher that forgets, and the latest anchor.
+"""Online EWC: one Fisher, in which earlier tasks decay, and the latest anchor.
 
-Only what differs from `EWC` is here: what a task does to the quadratic, and that the penalty's
-curvature is the Fisher decayed once more, plus a prior.
+Here is what differs from `EWC`: how a task updates the quadratic, and the curvature of the penalty,
+which is the Fisher decayed once more, plus a prior.
 """
 
 import warnings
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class OnlineEWC(EWC):
-    r"""Elastic Weight Consolidation that forgets gracefully.
+    r"""Elastic Weight Consolidation with one anchor, and a Fisher in which earlier tasks decay.
 
     After task `t`,
 
         F~[t] = F[t] + decay * F~[t-1]
         penalty = strength / 2 * sum of (decay * F~[t] + prior_precision) * (theta - anchor)^2
 
-    around the latest anchor only. `fisher` is `F~`, the prior not in it. A parameter that a
+    around the latest anchor only. `fisher` is `F~`, without the prior. A parameter that a
     consolidation does not collect keeps its anchor, and its Fisher decays.
 
     Source: Schwarz et al., "Progress & Compress", ICML 2018, eq. 8.
@@ -49,9 +49,9 @@ class OnlineEWC(EWC):
         max_samples: As for `EWC`.
         process_group: As for `EWC`.
         decay: gamma, in `[0, 1]`.
-        prior_precision: A number `>= 0`, or `{name: tensor}` with the parameters' own shapes;
-            names it leaves out, and rows that a parameter gains later, have no prior. It enters
-            once, from a parameter's first consolidation on, and is multiplied by `strength` alone.
+        prior_precision: A number `>= 0`, or `{name: tensor}` of the parameters' shapes. Names that
+            are left out, and rows that a parameter gains later, have no prior. It is added once,
+            from a parameter's first consolidation on, and multiplied by `strength` alone.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -104,8 +104,8 @@ class OnlineEWC(EWC):
             self._prior = number("prior_precision", prior_precision)
         if self._decay == 0 and not self._prior:
             warnings.warn(
-                "decay=0 without a prior_precision makes every penalty 0: nothing is protected. "
-                "Give a decay > 0, or a prior.",
+                "decay must be > 0 without a prior_precision; found 0, which makes every "
+                "penalty 0. Fix: pass a decay > 0, or a prior_precision.",
                 NothingProtectedWarning,
                 stacklevel=2,
             )
@@ -122,17 +122,17 @@ class OnlineEWC(EWC):
             ),
         }
 
-    def _merged(self, known: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
-        if known is None:
+    def _updated(self, old: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
+        if old is None:
             return Quadratic(fisher, anchor)
-        anchor = anchor.to(known.anchor.dtype)  # never narrowed
-        return Quadratic(fisher + self._decay * known.grown(anchor).fisher, anchor)
+        anchor = anchor.to(old.anchor.dtype)  # never narrowed
+        return Quadratic(fisher + self._decay * old.grown(anchor).fisher, anchor)
 
-    def _passed(self, known: Quadratic) -> Quadratic:
-        return Quadratic(self._decay * known.fisher, known.anchor)
+    def _not_collected(self, old: Quadratic) -> Quadratic:
+        return Quadratic(self._decay * old.fisher, old.anchor)
 
-    def _precision(self, name: str, known: Quadratic) -> Tensor:
-        fisher = known.fisher if self._decay == 1 else self._decay * known.fisher
+    def _precision(self, name: str, quadratic: Quadratic) -> Tensor:
+        fisher = quadratic.fisher if self._decay == 1 else self._decay * quadratic.fisher
         if not isinstance(self._prior, dict):
             return fisher + self._prior if self._prior else fisher
         if name not in self._prior:
@@ -148,8 +148,8 @@ def _checked_priors(priors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
     for name, prior in priors.items():
         parameter = find(model, name) if isinstance(name, str) else None
         if parameter is None:
-            known = nearest(str(name), named_parameters(model))
-            problems.append(f"no parameter is named {name!r} ({known})")
+            hint = nearest(str(name), named_parameters(model))
+            problems.append(f"no parameter is named {name!r} ({hint})")
         elif not isinstance(prior, Tensor):
             problems.append(f"{name!r} has a {type(prior).__name__} for a tensor")
         elif prior.is_complex() or prior.dtype is torch.bool:
@@ -163,8 +163,8 @@ def _checked_priors(priors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
             problems.append(f"{name!r} has negative, infinite or NaN entries")
     if problems:
         raise ValueError(
-            "prior_precision must be a number >= 0 or {name: tensor}, finite, >= 0, of the "
-            "parameters' shapes: " + "; ".join(problems) + "."
+            "prior_precision must be a number >= 0 or {name: tensor} with finite entries >= 0 and "
+            "the parameters' shapes; found: " + "; ".join(problems) + "."
         )
     return {
         name: prior.detach().to(torch.promote_types(prior.dtype, torch.float32), copy=True)

@@ -110,7 +110,7 @@ def test_row_01a_of_consolidate(kind, options, rule):
 @pytest.mark.parametrize(("fisher_type", "define"), [("exact", "exact_terms"), ("mc", "sample")])
 def test_row_01b_likelihood_without_what_the_type_needs(kind, fisher_type, define):
     likelihood = Custom(lambda outputs, targets: outputs.sum(1))
-    parts = (f"{define}(outputs", "Custom does not", 'take fisher_type="empirical"')
+    parts = (f"{define}(outputs", "Custom must define", 'choose fisher_type="empirical"')
     with raises(ValueError, *parts):
         kind(make_model(), likelihood, fisher_type=fisher_type)
     model, ewc = make(kind, fisher_type=fisher_type)
@@ -119,7 +119,7 @@ def test_row_01b_likelihood_without_what_the_type_needs(kind, fisher_type, defin
 
 
 def test_row_01c_no_decay_and_no_prior():
-    with pytest.warns(NothingProtectedWarning, match="every penalty 0.*Give a decay") as caught:
+    with pytest.warns(NothingProtectedWarning, match="penalty 0.*Fix: pass a decay") as caught:
         OnlineEWC(make_model(), Classification(), decay=0)
     assert len(caught) == 1
     assert caught[0].filename == __file__

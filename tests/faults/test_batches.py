@@ -49,7 +49,7 @@ def test_row_09a_number_of_samples_unknown(kind):
     ewc = kind(model, Classification(), **options)
     with (
         unchanged(ewc, model),
-        raises(ValueError, 'reduction="sum" must know', "max_samples has cut", "Pass dataset_size"),
+        raises(ValueError, 'known for reduction="sum"', "max_samples has", "pass dataset_size"),
     ):
         ewc.consolidate(make_task())
     ewc.consolidate(make_task(), dataset_size=8)

@@ -231,7 +231,17 @@ def test_row_17_a_stop_iteration_ends_no_loop_of_ours(kind, place):
 
 
 @ERRORS
-@pytest.mark.parametrize("step", ["collect", "snapshot", "in_order", "Binding", "State", "measure"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "_task.collect",
+        "_ewc.snapshot",
+        "_ewc.in_order",
+        "_ewc.State",
+        "_ewc.Binding",
+        "_ewc.measure",
+    ],
+)
 def test_row_17a_an_error_while_committing(kind, monkeypatch, error, step):
     model, ewc = make(kind)
     expected = ewc().item()
@@ -240,7 +250,7 @@ def test_row_17a_an_error_while_committing(kind, monkeypatch, error, step):
         raise error
 
     with monkeypatch.context() as patch, unchanged(ewc, model), raises(type(error), "stop"):
-        patch.setattr(f"ewc._ewc.{step}", fail)
+        patch.setattr(f"ewc.{step}", fail)
         ewc.consolidate(make_task(1))
     assert ewc().item() == expected
 
