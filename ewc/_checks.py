@@ -5,13 +5,14 @@ both: a strength of `True` or `nan` would reach a training run.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 _Word = TypeVar("_Word", bound=str)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def number(name: str, value: object, *, low: float = 0.0, high: float = math.inf) -> float:
@@ -94,3 +95,25 @@ def check_materialised(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
             f"{', '.join(map(repr, meta))}. Fix: materialise the model first, for instance with "
             "model.to_empty(device=...) and load_state_dict."
         )
+
+
+def integer(name: str, value: object) -> int:
+    """`value`, if it is an int.
+
+    Raises:
+        TypeError: `value` is not an int.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; found {value!r}.")
+    return value
+
+
+def function(name: str, value: _Function) -> _Function:
+    """`value`, if it can be called.
+
+    Raises:
+        TypeError: `value` cannot be called.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a function; found {value!r}.")
+    return value

@@ -248,7 +248,7 @@ def test_a_failure_leaves_no_trace(
             raise error("injected")
 
     class Likelihood(Classification):
-        def _losses(self, head: Tensor, targets: Tensor) -> Tensor:
+        def position_nll(self, head: Tensor, targets: Tensor) -> Tensor:
             if place == "likelihood":
                 tick()
             return F.cross_entropy(head, targets, reduction="none")

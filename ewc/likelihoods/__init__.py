@@ -1,8 +1,8 @@
 """Likelihoods: what is assumed about the data, given a model's outputs.
 
 The Fisher information is defined by a likelihood, not by a loss: by the negative log-likelihood
-(NLL) of *one* sample, unreduced and unscaled. A likelihood states it, and, where it can, what
-expectations over the model's own predictions need: a draw (`"mc"`) or all terms (`"exact"`).
+(NLL) of *one* sample, unreduced and unscaled. A likelihood defines it and, for expectations over
+the model's own predictions, a draw of targets (`"mc"`) or all exact terms (`"exact"`).
 The built-in ones work on whole batches, and on batches of one sample inside `torch.func.vmap`.
 
 Sources: Kunstner, Hennig, Balles, *Limitations of the empirical Fisher approximation* (2019), for
@@ -13,7 +13,17 @@ what the three types are; Martens, *New insights and perspectives on the natural
 from ewc.likelihoods.classification import Classification
 from ewc.likelihoods.custom import Custom
 from ewc.likelihoods.likelihood import Likelihood
+from ewc.likelihoods.pointwise import Fault, Pointwise, Targets
 from ewc.likelihoods.regression import Regression
 from ewc.likelihoods.time_series import TimeSeries
 
-__all__ = ["Classification", "Custom", "Likelihood", "Regression", "TimeSeries"]
+__all__ = [
+    "Classification",
+    "Custom",
+    "Fault",
+    "Likelihood",
+    "Pointwise",
+    "Regression",
+    "Targets",
+    "TimeSeries",
+]

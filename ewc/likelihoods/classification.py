@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from ewc._checks import function, integer
 from ewc._vmap import peek
 from ewc.data.structures import describe
 from ewc.errors import InvalidBatch
-from ewc.likelihoods._arguments import abridged, function, integer, output_indices
-from ewc.likelihoods.heads import head_of, real_tensor
-from ewc.likelihoods.pointwise import Fault, Pointwise, Reading, TargetTransform, spread
+from ewc.likelihoods.heads import abridged, head_of, output_indices, real_tensor
+from ewc.likelihoods.pointwise import Fault, Pointwise, Targets, TargetTransform, match_dims
 
 
-class Classification(Pointwise):
+class Classification(Pointwise, takes_batches=True):
     """Class labels under a softmax: -log softmax(outputs)[target], summed over positions.
 
     Outputs are logits `[N, C]` or `[N, C, d1, ...]`. The head has H classes: all C, or those in
@@ -31,8 +31,8 @@ class Classification(Pointwise):
     Targets then only say which positions count, and may be absent; present ones are validated.
 
     Args:
-        allowed_outputs: The head: indices of its outputs, in the order in which targets count
-            them. None: all outputs.
+        allowed_outputs: The head: indices of its outputs, in the order that targets
+            number them. None: all outputs.
         target_transform: Applied first to the targets of a batch, `transform(targets)`, and never
             to drawn ones. It sees any sub-batch, also inside vmap.
         ignore_index: Class indices of this value mark positions that contribute nothing.
@@ -52,6 +52,7 @@ class Classification(Pointwise):
     def __init__(
         self,
         allowed_outputs: Iterable[int] | None = None,
+        *,
         target_transform: TargetTransform | None = None,
         ignore_index: int = -100,
     ) -> None:
@@ -68,34 +69,29 @@ class Classification(Pointwise):
         )
 
     @override
-    @property
-    def takes_batches(self) -> bool:
-        return type(self) is Classification and self.target_transform is None
-
-    @override
-    def _head(self, outputs: Any) -> Tensor:
+    def head(self, outputs: Any, /) -> Tensor:
         logits = real_tensor(outputs, type(self).__name__)
         if logits.dim() < 2:
             raise InvalidBatch(
-                "Classification needs logits [N, C] or [N, C, d1, ...]; found outputs "
-                f"{describe(logits)}. Mend: the model's outputs, in forward."
+                "the outputs that Classification takes must be logits [N, C] or [N, C, d1, ...]; "
+                f"found {describe(logits)}. Fix: the model's outputs, in forward."
             )
         return head_of(logits, self.allowed_outputs, dim=1)
 
     @override
-    def _read(self, head: Tensor, targets: Tensor, counts: Tensor | None) -> Reading:
+    def read_targets(self, head: Tensor, targets: Tensor, mask: Tensor | None, /) -> Targets:
         if targets.dim() == head.dim() - 1:
-            return self._read_indices(head, targets, counts)
+            return self._read_indices(head, targets, mask)
         if targets.dim() == head.dim():
-            return _read_probabilities(head, targets, counts)
+            return _read_probabilities(head, targets, mask)
         raise InvalidBatch(
-            f"Classification needs class indices {_indices_shape(head)}, or one-hot targets or "
-            f"probabilities {list(head.shape)}; found targets {describe(targets)}. Mend: reshape "
-            "them in target_transform."
+            f"the targets that Classification takes must be class indices {_indices_shape(head)}, "
+            f"or one-hot or probabilities {list(head.shape)}; found {describe(targets)}. Fix: "
+            "reshape them in target_transform."
         )
 
     @override
-    def _losses(self, head: Tensor, targets: Tensor) -> Tensor:
+    def position_nll(self, head: Tensor, targets: Tensor, /) -> Tensor:
         if targets.dim() < head.dim():
             return F.cross_entropy(head, targets, reduction="none")
         log_p = F.log_softmax(head, 1)
@@ -103,40 +99,43 @@ class Classification(Pointwise):
         return -torch.where(targets > 0, targets * log_p, 0).sum(1)
 
     @override
-    def _draw(self, head: Tensor) -> Tensor:
+    def position_sample(self, head: Tensor, /) -> Tensor:
         # Gumbel's trick, as in torch.multinomial, but without reading values from the device.
         noise = torch.empty_like(head).exponential_().clamp_min(torch.finfo(head.dtype).tiny)
         return (head - noise.log()).argmax(1)
 
     @override
-    def _terms(self, head: Tensor) -> Tensor:
+    def position_terms(self, head: Tensor, /) -> Tensor:
         log_p = F.log_softmax(head, 1)
         root = (log_p.detach() / 2).exp()  # sqrt(p), which does not underflow where p does
         return torch.where(log_p == -math.inf, 0, -root * log_p).movedim(1, 0)
 
-    def _read_indices(self, head: Tensor, targets: Tensor, counts: Tensor | None) -> Reading:
+    def _read_indices(self, head: Tensor, targets: Tensor, mask: Tensor | None) -> Targets:
         if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
             raise InvalidBatch(
-                "targets with one dimension fewer than the logits are class indices, of an "
-                f"integer type; found {describe(targets)} for logits {describe(head)}. Mend: "
+                "targets with one dimension fewer than the logits must be class indices, of an "
+                f"integer type; found {describe(targets)} for logits {describe(head)}. Fix: "
                 "target_transform=lambda t: t.long(), if they are indices."
             )
         if list(targets.shape) != _indices_shape(head):
-            mend = "logits and targets must be of the same samples and positions"
+            fix = "give logits and targets of the same samples and positions"
             if targets.dim() == 2 and targets.shape == head.shape[:2]:
-                mend = (
+                fix = (
                     "for logits of sequences, [N, S, C], as language models return them, "
                     "TimeSeries(Classification(...), batch_first=True)"
                 )
             raise InvalidBatch(
-                f"logits {list(head.shape)} need class indices {_indices_shape(head)}; found "
-                f"targets {list(targets.shape)}. Mend: {mend}."
+                f"class indices for logits {list(head.shape)} must have the shape "
+                f"{_indices_shape(head)}; found {list(targets.shape)}. Fix: {fix}."
             )
         labels = targets.long()
         labelled = labels != self.ignore_index
-        counts = labelled if counts is None else labelled & spread(counts, labelled)
-        outside = ((labels < 0) | (labels >= head.shape[1])) & counts
-        return Reading(labels, counts, Fault(outside, lambda: self._outside(head, labels, outside)))
+        mask = labelled if mask is None else labelled & match_dims(mask, labelled)
+        fault = Fault(
+            (labels < 0) | (labels >= head.shape[1]),
+            lambda outside: self._outside(head, labels, outside),
+        )
+        return Targets(labels, mask, (fault,))
 
     def _outside(self, head: Tensor, labels: Tensor, outside: Tensor) -> str:
         """The message about labels outside the head."""
@@ -144,50 +143,43 @@ class Classification(Pointwise):
         shown = peek(torch.where(outside, labels, 0)).flatten().tolist()
         found = sorted({label for label in shown if not 0 <= label <= last})
         if self.allowed_outputs is None:
-            rule, mend = "an index of one of the outputs", "the labels, or the size of the head"
+            rule, fix = "an index of one of the outputs", "the labels, or the size of the head"
         else:
-            rule = f"a place in allowed_outputs ({abridged(self.allowed_outputs)})"
-            mend = "map labels to places in allowed_outputs, in target_transform"
+            rule = f"a position in allowed_outputs ({abridged(self.allowed_outputs)})"
+            fix = "map labels to positions in allowed_outputs, in target_transform"
         return (
             f"a label must be {rule}, 0 to {last}, or ignore_index ({self.ignore_index}); found "
-            f"{abridged(found)}. Mend: {mend}."
+            f"{abridged(found)}. Fix: {fix}."
         )
 
 
-def _read_probabilities(head: Tensor, targets: Tensor, counts: Tensor | None) -> Reading:
+def _read_probabilities(head: Tensor, targets: Tensor, mask: Tensor | None) -> Targets:
     classes, found = head.shape[1], targets.shape[1]
     if targets.shape != head.shape or targets.is_complex():
-        mend = "logits and targets must be of the same samples and positions"
+        fix = "give logits and targets of the same samples and positions"
         if found != classes:
-            mend = (
+            fix = (
                 "class indices have no such dimension: target_transform=lambda t: t[:, 0]"
                 if found == 1
-                else "pick the head's columns in target_transform, or set allowed_outputs"
+                else "select the head's columns in target_transform, or set allowed_outputs"
             )
         raise InvalidBatch(
-            "targets with as many dimensions as the logits are one-hot or probabilities over the "
-            f"head, {list(head.shape)} with {classes} classes; found {describe(targets)} with "
-            f"{found}. Mend: {mend}."
+            "targets with as many dimensions as the logits must be one-hot or probabilities over "
+            f"the head, {list(head.shape)} with {classes} classes; found {describe(targets)} with "
+            f"{found}. Fix: {fix}."
         )
     # 16-bit probabilities are coarse, so their sum is; it is taken in at least 32 bits.
     tolerance = 1e-2 if targets.is_floating_point() and targets.element_size() < 4 else 1e-3
     probabilities = targets.to(head.dtype)
     off = (probabilities.sum(1) - 1).abs()
-    wrong = (probabilities < 0).any(1) | ~(off <= tolerance)  # `~`: NaN is wrong too
-    if counts is not None:
-        wrong = wrong & spread(counts, wrong)
     fault = Fault(
-        wrong,
-        lambda: (
-            "targets with as many dimensions as the logits are one-hot or probabilities: >= 0, "
-            f"with sum 1 over dimension 1 (within {tolerance:g}); found positions where they are "
-            "not. Mend: normalise them in target_transform; several labels at once need a Custom "
-            "likelihood."
-        ),
+        (probabilities < 0).any(1) | ~(off <= tolerance),  # `~`: NaN is wrong too
+        "targets with as many dimensions as the logits must be one-hot or probabilities: >= 0, "
+        f"with sum 1 over dimension 1 (within {tolerance:g}); found positions where they are not. "
+        "Fix: normalise them in target_transform; several labels at once need a Custom likelihood.",
     )
-    if targets.is_floating_point():
-        return Reading(probabilities, counts, fault)
-    return Reading(targets.long().argmax(1), counts, fault)
+    values = probabilities if targets.is_floating_point() else targets.long().argmax(1)
+    return Targets(values, mask, (fault,))
 
 
 def _indices_shape(head: Tensor) -> list[int]:

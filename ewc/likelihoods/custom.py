@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
+from ewc._checks import function, integer
 from ewc._options import FisherType
-from ewc.likelihoods._arguments import function, integer
 from ewc.likelihoods.likelihood import Likelihood
 
 
@@ -20,7 +20,7 @@ class Custom(Likelihood):
         batch_dim: The dimension that holds the samples, in tensors of two dimensions or more.
 
     Raises:
-        TypeError: `nll` or `sample` is no function, or `batch_dim` no integer.
+        TypeError: `nll` or `sample` is not a function, or `batch_dim` not an integer.
         ValueError: `batch_dim` is negative.
 
     Example:
@@ -52,11 +52,11 @@ class Custom(Likelihood):
         return self._nll(outputs, *rest)
 
     @override
-    def sample(self, outputs: Any) -> Any:
+    def sample(self, outputs: Any, /) -> Any:
         if self._sample is None:
             raise NotImplementedError(
-                'fisher_type="mc" needs targets to be drawn, and this Custom has no function for '
-                'it. Mend: Custom(nll, sample=...), or take fisher_type="empirical".'
+                'Custom must have a function sample for fisher_type="mc"; found None. Fix: '
+                'Custom(nll, sample=...), or choose fisher_type="empirical".'
             )
         return self._sample(outputs)
 

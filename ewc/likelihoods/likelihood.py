@@ -1,7 +1,7 @@
-"""The base class of likelihoods: what a user writes, and what the Fisher information asks for."""
+"""The base class of likelihoods: what a subclass defines, and what the Fisher information needs."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,16 @@ class Likelihood(ABC):
     """The base class of likelihoods; one obligation: `nll`.
 
     Define `sample` to make `fisher_type="mc"` possible, and `exact_terms` for `"exact"`; without
-    them, these types are an error. The model runs on single samples, so all three are called with
-    batches of one, often inside `torch.func.vmap`: no `.item()`, no shapes that depend on values.
+    them, these types are an error. All three are called with batches of one sample, often inside
+    `torch.func.vmap`: no `.item()`, no shapes that depend on values.
+
+    A subclass whose three methods treat the samples of any batch independently may say so:
+    `class Poisson(Likelihood, takes_batches=True)`. They are then called on whole batches outside
+    vmap, which is faster. Subclasses do not inherit this: one that redefines a method says it anew.
 
     Example:
         >>> class Poisson(Likelihood):
-        ...     def nll(self, outputs, targets, *rest):
+        ...     def nll(self, outputs, targets):
         ...         return F.poisson_nll_loss(outputs, targets, reduction="none").sum(1)
         ...
         ...     def sample(self, outputs):
@@ -32,69 +36,91 @@ class Likelihood(ABC):
     """
 
     batch_dim: int = 0
+    _takes_batches: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, takes_batches: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._takes_batches = takes_batches
 
     @property
     def takes_batches(self) -> bool:
-        """Whether it is known to treat the samples of any batch apart.
+        """Whether the samples of any batch are known to be independent.
 
-        Then it need not see them one by one inside `vmap`, where every operation costs more.
+        If so, the methods need not be called on single samples inside vmap, where every operation
+        costs more.
         """
-        return False
+        return self._takes_batches
 
+    # Type checkers let a subclass narrow exactly (*args: Any, **kwargs: Any) to arguments of its
+    # own, such as (outputs: Tensor, targets: Tensor).
     @abstractmethod
-    def nll(self, outputs: Any, *rest: Any) -> Tensor:
-        """The negative log-likelihood of each sample, in nats, never reduced over samples.
+    def nll(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`nll(outputs, *rest) -> [N]`: the negative log-likelihood of each sample, in nats.
 
-        Args:
-            outputs: What the model returned for a batch of N samples; N is any number.
-            *rest: What follows the inputs in the batch: targets, then masks, ids, lengths.
+        `outputs` is what the model returned for a batch of N samples; N is any number. `rest` is
+        what follows the inputs in the batch: targets, then masks, ids, lengths. Both are passed by
+        position; a subclass names and types those that it takes.
 
         Returns:
-            `[N]`, differentiable with respect to the outputs.
+            `[N]`, never reduced over samples, differentiable with respect to the outputs.
         """
 
-    def sample(self, outputs: Any) -> Any:
+    def sample(self, outputs: Any, /) -> Any:
         """Draw targets from the distribution that the outputs describe, by the global RNG.
 
         Returns:
             Targets of the N samples, as `nll` takes them.
+
+        Raises:
+            NotImplementedError: The subclass does not define it.
         """
         raise NotImplementedError(
-            f'fisher_type="mc" needs {type(self).__name__} to define sample(outputs) -> targets, '
-            'which it does not. Mend: define it, or take fisher_type="empirical".'
+            f"{type(self).__name__} must define sample(outputs) -> targets for "
+            'fisher_type="mc"; found no definition. Fix: define it, or choose '
+            'fisher_type="empirical".'
         )
 
-    def sampled_nll(self, outputs: Any, *rest: Any) -> Tensor:
-        """The NLL `[N]` of targets drawn by `sample`, which take the place of `rest[0]`."""
+    def sampled_nll(self, outputs: Any, /, *rest: Any) -> Tensor:
+        """The NLL `[N]` of targets drawn by `sample`, which replace `rest[0]`."""
         with torch.no_grad():  # a draw is data, also where it was reparameterised
             targets = self.sample(outputs)
         return self.nll(outputs, targets, *rest[1:])
 
-    def exact_terms(self, outputs: Any, *rest: Any) -> Tensor:
-        """Terms whose squared gradients, summed over terms, are the exact Fisher information.
+    def exact_terms(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`exact_terms(outputs, *rest) -> [K, N]`: K terms for each sample.
+
+        The squared gradients of a sample's terms, summed over the terms, are its exact Fisher
+        information. The arguments are those of `nll`; targets may be absent.
 
         Returns:
-            `[K, N]`: K terms for each sample, differentiable with respect to the outputs.
+            `[K, N]`, differentiable with respect to the outputs.
+
+        Raises:
+            NotImplementedError: The subclass does not define it.
         """
         raise NotImplementedError(
-            f'fisher_type="exact" needs {type(self).__name__} to define exact_terms(outputs, '
-            "*rest) -> [K, N], which it does not. Mend: define it, or take "
+            f"{type(self).__name__} must define exact_terms(outputs, *rest) -> [K, N] for "
+            'fisher_type="exact"; found no definition. Fix: define it, or choose '
             'fisher_type="empirical".'
         )
 
     def supports(self, fisher_type: FisherType) -> bool:
-        """Whether what `fisher_type` needs is defined.
+        """Whether the methods that `fisher_type` needs are defined.
 
         Raises:
             ValueError: There is no such type.
         """
-        own, base = type(self), Likelihood
         if fisher_type == "empirical":
             return True
         if fisher_type == "mc":
-            return own.sample is not base.sample or own.sampled_nll is not base.sampled_nll
+            return redefines(self, Likelihood, "sample", "sampled_nll")
         if fisher_type == "exact":
-            return own.exact_terms is not base.exact_terms
+            return redefines(self, Likelihood, "exact_terms")
         raise ValueError(
             f'fisher_type must be "empirical", "exact" or "mc"; found {fisher_type!r}.'
         )
+
+
+def redefines(likelihood: Likelihood, base: type, *methods: str) -> bool:
+    """Whether the class of a likelihood has another definition of any of these methods."""
+    return any(getattr(type(likelihood), name) is not getattr(base, name) for name in methods)

@@ -1,8 +1,9 @@
-"""What likelihoods of independent positions share: which positions count, and the sums over them.
+"""Likelihoods of positions that are independent given the outputs.
 
-A position is a pixel, a token or an output dimension. `Classification` and `Regression` say what
-one position contributes; `TimeSeries` runs them with the steps of a sequence as samples. All of
-it works inside `torch.func.vmap`, and reads values from the device once per call.
+A position is a pixel, a token or an output dimension. A subclass of `Pointwise` says what one
+position contributes; masks, weights, heads, transforms, and the sums over positions are done here.
+`TimeSeries` runs the same methods with the steps of a sequence as samples. All of it works inside
+`torch.func.vmap`, and reads values from the device once per call.
 """
 
 from abc import abstractmethod
@@ -13,31 +14,45 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ewc._options import FisherType
 from ewc._vmap import peek
 from ewc.data.structures import describe
 from ewc.errors import InvalidBatch
-from ewc.likelihoods.likelihood import Likelihood
+from ewc.likelihoods.heads import head_of, real_tensor
+from ewc.likelihoods.likelihood import Likelihood, redefines
 
 TargetTransform: TypeAlias = Callable[[Any], Tensor]
 
 
 class Fault(NamedTuple):
-    """What may be wrong with the values in a batch: where it is, and what to say about it."""
+    """A rule that values of a batch may break.
+
+    Attributes:
+        where: True where a position breaks it, `[n, *positions]`. It is not read from the device
+            before all faults of the batch are.
+        message: What must be so, and what was found; or a function that says it given `where`.
+    """
 
     where: Tensor
-    message: Callable[[], str]
+    message: str | Callable[[Tensor], str]
 
 
-class Reading(NamedTuple):
-    """The targets of n samples, their shapes validated."""
+class Targets(NamedTuple):
+    """The targets of n samples, their shapes validated.
 
-    targets: Tensor  # as `_losses` takes them
-    counts: Tensor | None  # [n] or [n, *positions], boolean; None: every position counts
-    fault: Fault
+    Attributes:
+        values: The targets as `position_nll` takes them.
+        mask: True where a position counts, `[n]` or `[n, *positions]`; None: all of them.
+        faults: Rules on values, an error where a position that counts breaks one.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+    faults: tuple[Fault, ...] = ()
 
 
 class _Observed(NamedTuple):
-    """A batch of n samples, its values validated, safe to compute on where they do not count."""
+    """A batch of n samples, its values validated and 0 at positions that do not count."""
 
     head: Tensor
     targets: Tensor | None
@@ -45,45 +60,141 @@ class _Observed(NamedTuple):
 
 
 class Pointwise(Likelihood):
-    """A likelihood of positions that are independent given the outputs."""
+    """The base class of likelihoods of positions that are independent given the outputs.
 
-    target_transform: TargetTransform | None
+    The NLL of a sample is the sum over its positions. One obligation, `position_nll`; define
+    `position_sample` for `fisher_type="mc"`, and `position_terms` for `"exact"`. `head` and
+    `read_targets` say which outputs and targets are valid: real outputs `[N, ...]` and finite
+    targets of the same shape, unless a subclass says otherwise. All five see whole batches, batches
+    of one inside vmap, or, within `TimeSeries`, steps as samples.
+
+    Example:
+        >>> class Poisson(Pointwise):
+        ...     def position_nll(self, head, targets):
+        ...         return head.exp() - targets * head
+        >>> Poisson().nll(torch.zeros(2, 3), torch.ones(2, 3))
+        tensor([3., 3.])
+
+    Attributes:
+        allowed_outputs: The head: indices of outputs. None: all.
+        target_transform: Applied first to the targets of a batch, `transform(targets)`, and never
+            to drawn ones.
+    """
+
+    allowed_outputs: tuple[int, ...] | None = None
+    target_transform: TargetTransform | None = None
 
     @abstractmethod
-    def _head(self, outputs: Any) -> Tensor:
-        """The outputs that targets count over, `[n, *positions]` or `[n, C, *positions]`."""
+    def position_nll(self, head: Tensor, targets: Tensor, /) -> Tensor:
+        """The NLL of each position.
 
-    @abstractmethod
-    def _read(self, head: Tensor, targets: Tensor, counts: Tensor | None) -> Reading:
-        """Read targets; `counts` (`[n]`) says which samples may hold anything."""
+        Args:
+            head: What `head` returned.
+            targets: `Targets.values` of `read_targets`, or what `position_sample` returned.
 
-    @abstractmethod
-    def _losses(self, head: Tensor, targets: Tensor) -> Tensor:
-        """The NLL of each position, `[n, *positions]`."""
+        Returns:
+            `[n, *positions]`.
+        """
 
-    @abstractmethod
-    def _draw(self, head: Tensor) -> Tensor:
-        """Targets drawn given a detached head, as `_losses` takes them."""
+    def position_sample(self, head: Tensor, /) -> Tensor:
+        """Targets drawn by the global RNG given a detached head, as `position_nll` takes them.
 
-    @abstractmethod
-    def _terms(self, head: Tensor) -> Tensor:
-        """The exact terms of each position, `[K, n, *positions]`."""
+        Raises:
+            NotImplementedError: The subclass does not define it.
+        """
+        raise NotImplementedError(_undefined(self, "position_sample(head) -> targets", "mc"))
+
+    def position_terms(self, head: Tensor, /) -> Tensor:
+        """The exact terms of each position.
+
+        The sum over K of their squared gradients with respect to the head is the expectation of
+        the squared gradient of `position_nll` over targets. Positions are independent, so these
+        sums add up to the exact Fisher information.
+
+        Returns:
+            `[K, n, *positions]`.
+
+        Raises:
+            NotImplementedError: The subclass does not define it.
+        """
+        raise NotImplementedError(
+            _undefined(self, "position_terms(head) -> [K, n, *positions]", "exact")
+        )
+
+    def head(self, outputs: Any, /) -> Tensor:
+        """The outputs that targets refer to, in at least float32.
+
+        Returns:
+            `[n, *positions]`; with a dimension of classes or the like wherever the subclass wants.
+
+        Raises:
+            InvalidBatch: The model's outputs are of another kind or shape.
+        """
+        name = type(self).__name__
+        values = real_tensor(outputs, name)
+        if values.dim() < (1 if self.allowed_outputs is None else 2):
+            raise InvalidBatch(
+                f"the outputs that {name} takes must be [N, ...], with a last dimension that "
+                f"allowed_outputs selects from, if given; found {describe(values)}. Fix: the "
+                "model's outputs, in forward."
+            )
+        return head_of(values, self.allowed_outputs, dim=-1)
+
+    def read_targets(self, head: Tensor, targets: Tensor, mask: Tensor | None, /) -> Targets:
+        """Validate the targets of a batch, and say which positions count.
+
+        Args:
+            head: What `head` returned.
+            targets: The targets of the batch, transformed.
+            mask: `[n]`, False for samples that do not count; None: all count.
+
+        Raises:
+            InvalidBatch: Their shape or type is wrong. Values are not read here: see `Fault`.
+        """
+        name = type(self).__name__
+        if targets.shape != head.shape or targets.is_complex():
+            which = "outputs" if self.allowed_outputs is None else "outputs in allowed_outputs"
+            raise InvalidBatch(
+                f"the targets that {name} takes must be real and of the shape of the {which}, "
+                f"{list(head.shape)}; found {describe(targets)}, and they are never broadcast. "
+                "Fix: reshape them in target_transform, or the outputs in forward."
+            )
+        targets = targets.to(head.dtype)
+        fault = Fault(
+            ~targets.isfinite(),
+            f"targets must be finite (as {head.dtype}); found NaN or infinite ones. Fix: leave "
+            "their samples out, or mask their steps (TimeSeries).",
+        )
+        return Targets(targets, mask, (fault,))
+
+    @property
+    @override
+    def takes_batches(self) -> bool:
+        return super().takes_batches and self.target_transform is None
 
     @override
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
         return self.weighted_nll(outputs, self.targets_in(rest, required=True), None)
 
     @override
-    def sample(self, outputs: Any) -> Tensor:
-        return self._draw(self._head(outputs).detach())
+    def sample(self, outputs: Any, /) -> Tensor:
+        return self.position_sample(self.head(outputs).detach())
 
     @override
-    def sampled_nll(self, outputs: Any, *rest: Any) -> Tensor:
+    def sampled_nll(self, outputs: Any, /, *rest: Any) -> Tensor:
         return self.weighted_sampled_nll(outputs, self.targets_in(rest, required=False), None)
 
     @override
     def exact_terms(self, outputs: Any, *rest: Any) -> Tensor:
         return self.weighted_exact_terms(outputs, self.targets_in(rest, required=False), None)
+
+    @override
+    def supports(self, fisher_type: FisherType) -> bool:
+        if fisher_type == "mc":
+            return redefines(self, Pointwise, "position_sample", "sample", "sampled_nll")
+        if fisher_type == "exact":
+            return redefines(self, Pointwise, "position_terms", "exact_terms")
+        return super().supports(fisher_type)
 
     def targets_in(self, rest: tuple[Any, ...], *, required: bool) -> Tensor | None:
         """The targets of a batch, transformed; None if it has none.
@@ -97,7 +208,7 @@ class Pointwise(Likelihood):
             if required:
                 raise InvalidBatch(
                     f"{name} needs the targets of a batch, which follow its inputs; found none. "
-                    "Mend: yield (inputs, targets), or a mapping with 'labels'; or take "
+                    "Fix: yield (inputs, targets), or a mapping with 'labels'; or choose "
                     'fisher_type="exact" or "mc", which need none.'
                 )
             return None
@@ -106,8 +217,8 @@ class Pointwise(Likelihood):
         if not isinstance(targets, Tensor):
             source = "the batch" if self.target_transform is None else "target_transform"
             raise InvalidBatch(
-                f"{name} needs targets that are one tensor; found {describe(targets)} from "
-                f"{source}. Mend: stack them in the loader, or pick them in target_transform."
+                f"the targets that {name} takes must be one tensor; found {describe(targets)} from "
+                f"{source}. Fix: stack them in the loader, or select them in target_transform."
             )
         return targets
 
@@ -121,81 +232,99 @@ class Pointwise(Likelihood):
         """
         observed = self._observe(outputs, targets, weights)
         assert observed.targets is not None  # `targets_in` required them
-        return _total(self._losses(observed.head, observed.targets), observed.weights)
+        return _weighted_sum(self.position_nll(observed.head, observed.targets), observed.weights)
 
     def weighted_sampled_nll(
         self, outputs: Any, targets: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         """As `weighted_nll`, of drawn targets; the given ones say which positions count."""
         observed = self._observe(outputs, targets, weights)
-        drawn = self._draw(observed.head.detach())
-        return _total(self._losses(observed.head, drawn), observed.weights)
+        drawn = self.position_sample(observed.head.detach())
+        return _weighted_sum(self.position_nll(observed.head, drawn), observed.weights)
 
     def weighted_exact_terms(
         self, outputs: Any, targets: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         """The exact terms `[K, n]`; the given targets say which positions count."""
         observed = self._observe(outputs, targets, weights)
-        terms = self._terms(observed.head)
+        terms = self.position_terms(observed.head)
         if observed.weights is not None:
-            terms = terms * spread(observed.weights, terms[0])
+            terms = terms * match_dims(observed.weights, terms[0])
         if terms.dim() == 2:
             return terms
         return terms.flatten(2).transpose(1, 2).flatten(0, 1)
 
     def _observe(self, outputs: Any, targets: Tensor | None, weights: Tensor | None) -> _Observed:
-        """Validate the values of a batch, and take out those that do not count."""
-        head = self._head(outputs)
-        counts: Tensor | None = None
+        """Validate the values of a batch, and replace those that do not count by 0."""
+        head = self.head(outputs)
+        mask: Tensor | None = None
         faults: list[Fault] = []
         if weights is not None:
-            faults.append(_bad_weights(weights))
-            counts = weights > 0
+            faults.append(_weights_fault(weights))
+            mask = weights > 0
         if targets is not None:
-            targets, counts, fault = self._read(head, targets, counts)
-            faults.append(fault)
-        uncounted = [] if counts is None else [~counts]
-        answers = _anywhere([fault.where for fault in faults] + uncounted)
-        for fault, found in zip(faults, answers, strict=False):
-            if found:
-                raise InvalidBatch(f"{type(self).__name__}: {fault.message()}")
+            targets, mask, found = self.read_targets(head, targets, mask)
+            faults.extend(_within(mask, fault) for fault in found)
+        conditions = [fault.where for fault in faults]
+        answers = _any_true(conditions if mask is None else [*conditions, ~mask])
+        for fault, broken in zip(faults, answers, strict=False):
+            if broken:
+                text = fault.message
+                text = text if isinstance(text, str) else text(fault.where)
+                raise InvalidBatch(f"{type(self).__name__}: {text}")
         if weights is not None:
             weights = None if weights.dtype == torch.bool else weights.to(head.dtype)
-        if counts is not None and answers[-1]:
-            # Taken out before anything is computed: 0 * NaN is not 0, and nor is its gradient.
-            head = torch.where(spread(counts, head), head, 0)
+        if mask is not None and answers[-1]:
+            # Replaced before anything is computed: 0 * NaN is not 0, and nor is its gradient.
+            head = torch.where(match_dims(mask, head), head, 0)
             if targets is not None:
-                targets = torch.where(spread(counts, targets), targets, 0)
-            counted = counts.to(head.dtype)
-            weights = counted if weights is None else counted * spread(weights, counted)
+                targets = torch.where(match_dims(mask, targets), targets, 0)
+            counted = mask.to(head.dtype)
+            weights = counted if weights is None else counted * match_dims(weights, counted)
         return _Observed(head, targets, weights)
 
 
-def spread(values: Tensor, over: Tensor) -> Tensor:
-    """`[n, *positions]` as `[n, 1, ..., *positions]`, with as many dimensions as `over`."""
-    ones = (1,) * (over.dim() - values.dim())
+def match_dims(values: Tensor, like: Tensor) -> Tensor:
+    """`[n, *positions]` as `[n, 1, ..., *positions]`, with as many dimensions as `like`."""
+    ones = (1,) * (like.dim() - values.dim())
     return values.reshape(*values.shape[:1], *ones, *values.shape[1:])
 
 
-def _total(losses: Tensor, weights: Tensor | None) -> Tensor:
+def _within(mask: Tensor | None, fault: Fault) -> Fault:
+    """The fault at positions that count."""
+    if mask is None:
+        return fault
+    return fault._replace(where=fault.where & match_dims(mask, fault.where))
+
+
+def _weighted_sum(nll: Tensor, weights: Tensor | None) -> Tensor:
     """The weighted sum of `[n, *positions]` over positions, `[n]`."""
     if weights is not None:
-        losses = losses * spread(weights, losses)
-    return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
+        nll = nll * match_dims(weights, nll)
+    return nll.flatten(1).sum(1) if nll.dim() > 1 else nll
 
 
-def _anywhere(conditions: list[Tensor]) -> list[bool]:
-    """Whether each condition holds anywhere in the batch: one synchronisation, also in vmap."""
+def _any_true(conditions: list[Tensor]) -> list[bool]:
+    """Whether each condition is true anywhere in the batch; one synchronisation, also in vmap."""
     if not conditions:
         return []
     answers: list[bool] = torch.stack([peek(where).any() for where in conditions]).tolist()
     return answers
 
 
-def _bad_weights(weights: Tensor) -> Fault:
+def _weights_fault(weights: Tensor) -> Fault:
     if weights.is_complex():
-        raise InvalidBatch(f"a mask must be boolean or real weights; found {describe(weights)}.")
+        raise InvalidBatch(
+            f"a mask must be boolean or real weights; found {describe(weights)}. Fix: the mask."
+        )
     return Fault(
         ~(weights >= 0) | weights.isinf(),
-        lambda: "weights in a mask must be finite and >= 0; found others. Mend: the mask.",
+        "weights in a mask must be finite and >= 0; found others. Fix: the mask.",
+    )
+
+
+def _undefined(likelihood: Likelihood, method: str, fisher_type: str) -> str:
+    return (
+        f'{type(likelihood).__name__} must define {method} for fisher_type="{fisher_type}"; found '
+        'no definition. Fix: define it, or choose fisher_type="empirical".'
     )

@@ -1,20 +1,21 @@
 """Real targets with Gaussian noise."""
 
+import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ewc.data.structures import describe
+from ewc._checks import as_float, function
 from ewc.errors import InvalidBatch
-from ewc.likelihoods._arguments import function, output_indices, positive
-from ewc.likelihoods.heads import head_of, real_tensor
-from ewc.likelihoods.pointwise import Fault, Pointwise, Reading, TargetTransform, spread
+from ewc.likelihoods.heads import output_indices
+from ewc.likelihoods.pointwise import Pointwise, TargetTransform
 
 
-class Regression(Pointwise):
+class Regression(Pointwise, takes_batches=True):
     """Real targets with Gaussian noise: the sum over all outputs of (y - t)^2 / (2 variance).
 
     The constant of the Gaussian, which has no gradient, is left out. Outputs are `[N, ...]`;
@@ -44,10 +45,11 @@ class Regression(Pointwise):
     def __init__(
         self,
         variance: float | Tensor = 1.0,
+        *,
         allowed_outputs: Iterable[int] | None = None,
         target_transform: TargetTransform | None = None,
     ) -> None:
-        self.variance = positive("variance", variance)
+        self.variance = _checked_variance(variance)
         self.allowed_outputs = output_indices(allowed_outputs)
         self.target_transform = (
             None if target_transform is None else function("target_transform", target_transform)
@@ -60,59 +62,21 @@ class Regression(Pointwise):
         )
 
     @override
-    @property
-    def takes_batches(self) -> bool:
-        return type(self) is Regression and self.target_transform is None
-
-    @override
-    def _head(self, outputs: Any) -> Tensor:
-        values = real_tensor(outputs, type(self).__name__)
-        if values.dim() < (1 if self.allowed_outputs is None else 2):
-            raise InvalidBatch(
-                "Regression needs outputs [N, ...], with a last dimension for allowed_outputs to "
-                f"select from, if given; found outputs {describe(values)}. Mend: the model's "
-                "outputs, in forward."
-            )
-        return head_of(values, self.allowed_outputs, dim=-1)
-
-    @override
-    def _read(self, head: Tensor, targets: Tensor, counts: Tensor | None) -> Reading:
-        if targets.shape != head.shape or targets.is_complex():
-            which = "outputs" if self.allowed_outputs is None else "outputs in allowed_outputs"
-            raise InvalidBatch(
-                f"Regression needs real targets of the shape of the {which}, {list(head.shape)}; "
-                f"found {describe(targets)}, and they are never broadcast. Mend: reshape them in "
-                "target_transform, or the outputs in forward."
-            )
-        targets = targets.to(head.dtype)
-        wrong = ~targets.isfinite()
-        if counts is not None:
-            wrong = wrong & spread(counts, wrong)
-        fault = Fault(
-            wrong,
-            lambda: (
-                f"targets must be finite (as {head.dtype}); found NaN or infinite ones. Mend: "
-                "leave their samples out, or mask their steps (TimeSeries)."
-            ),
-        )
-        return Reading(targets, counts, fault)
-
-    @override
-    def _losses(self, head: Tensor, targets: Tensor) -> Tensor:
+    def position_nll(self, head: Tensor, targets: Tensor, /) -> Tensor:
         return 0.5 * (head - targets).square() / self._variance_for(head)
 
     @override
-    def _draw(self, head: Tensor) -> Tensor:
+    def position_sample(self, head: Tensor, /) -> Tensor:
         return head + self._variance_for(head) ** 0.5 * torch.randn_like(head)
 
     @override
-    def _terms(self, head: Tensor) -> Tensor:
+    def position_terms(self, head: Tensor, /) -> Tensor:
         return (head / self._variance_for(head) ** 0.5).unsqueeze(0)
 
     def _variance_for(self, head: Tensor) -> float | Tensor:
         if not isinstance(self.variance, Tensor):
             return self.variance
-        # With a 1 in the place of the samples: a batch of one must be possible.
+        # With 1 for the number of samples: a batch of one must be possible.
         given, wanted = self.variance.shape, (1, *head.shape[1:])
         fits = len(given) <= len(wanted) and all(
             a in (1, b) for a, b in zip(reversed(given), reversed(wanted), strict=False)
@@ -120,7 +84,23 @@ class Regression(Pointwise):
         if not fits:
             raise InvalidBatch(
                 "the variance must broadcast to the (allowed) outputs of one sample, "
-                f"{list(wanted)}; found {list(given)}. Mend: its shape; a variance for each "
+                f"{list(wanted)}; found {list(given)}. Fix: its shape; a variance for each "
                 "sample needs a Custom likelihood."
             )
         return self.variance.to(head.device, head.dtype, non_blocking=True)
+
+
+def _checked_variance(value: Any) -> float | Tensor:
+    """A finite number or tensor > 0: a float, or a floating-point copy on the CPU."""
+    rule = "variance must be finite and > 0, a number or a tensor"
+    if isinstance(value, Tensor) and value.dtype != torch.bool and not value.is_complex():
+        copied = value.detach().to("cpu", copy=True)
+        if not bool((copied.isfinite() & (copied > 0)).all()):
+            raise ValueError(f"{rule}; found {copied}.")
+        return copied if copied.is_floating_point() else copied.to(torch.get_default_dtype())
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{rule}; found {value!r}.")
+    number = as_float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{rule}; found {value!r}.")
+    return number

@@ -5,16 +5,20 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
+from ewc._options import FisherType
 from ewc.data.structures import describe
 from ewc.errors import InvalidBatch
 from ewc.likelihoods.classification import Classification
 from ewc.likelihoods.heads import real_tensor
-from ewc.likelihoods.likelihood import Likelihood
+from ewc.likelihoods.likelihood import Likelihood, redefines
 from ewc.likelihoods.pointwise import Pointwise
-from ewc.likelihoods.regression import Regression
+
+# A step that redefines one of these computes what `TimeSeries`, which calls the methods below
+# them, would miss.
+_SUMS = ("nll", "sample", "sampled_nll", "exact_terms")
 
 
-class TimeSeries(Likelihood):
+class TimeSeries(Likelihood, takes_batches=True):
     """The likelihood of a sequence: the NLL of a step, summed over time.
 
     Outputs are `[S, N, F]`: S steps, N samples. Targets are what the step takes, behind time and
@@ -27,12 +31,13 @@ class TimeSeries(Likelihood):
     steps together is something else.)
 
     Args:
-        step: The likelihood of one step, on outputs `[n, F]`: a `Classification`, the default, or
-            a `Regression`. Its `target_transform` sees the targets of whole sequences.
+        step: The likelihood of one step, on outputs `[n, F]`: a `Classification`, the default, a
+            `Regression`, or another `Pointwise`. Its `target_transform` sees the targets of whole
+            sequences.
         batch_first: Whether the samples come before time.
 
     Raises:
-        TypeError: `step` is something else, or a subclass with an NLL of its own.
+        TypeError: `step` is something else, or has an NLL of its own instead of a `position_nll`.
 
     Example:
         Two sequences of up to three steps; the second has only one:
@@ -43,15 +48,14 @@ class TimeSeries(Likelihood):
         tensor([6., 2.])
     """
 
-    def __init__(
-        self, step: Classification | Regression | None = None, *, batch_first: bool = False
-    ) -> None:
+    def __init__(self, step: Pointwise | None = None, *, batch_first: bool = False) -> None:
         step = Classification() if step is None else step
-        if not isinstance(step, (Classification, Regression)) or _redefines(step):
+        if not isinstance(step, Pointwise) or redefines(step, Pointwise, *_SUMS):
             raise TypeError(
-                "TimeSeries needs a step that is a Classification or a Regression, with the NLL "
-                f"of these; found {step!r}. Mend: a Likelihood with batch_dim = 1 (0 if the "
-                "samples come first) that sums over time itself."
+                "step must be a Classification, a Regression or another Pointwise that defines "
+                f"position_nll and not {', '.join(_SUMS[:-1])} or {_SUMS[-1]}; found {step!r}. "
+                "Fix: define position_nll; or a Likelihood with batch_dim = 1 (0 if the samples "
+                "come first) that sums over time itself."
             )
         if not isinstance(batch_first, bool):
             raise TypeError(f"batch_first must be True or False; found {batch_first!r}.")
@@ -62,10 +66,14 @@ class TimeSeries(Likelihood):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.step}, batch_first={self.batch_first})"
 
-    @override
     @property
+    @override
     def takes_batches(self) -> bool:
-        return type(self) is TimeSeries and self.step.takes_batches
+        return super().takes_batches and self.step.takes_batches
+
+    @override
+    def supports(self, fisher_type: FisherType) -> bool:
+        return self.step.supports(fisher_type)
 
     @override
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
@@ -73,12 +81,12 @@ class TimeSeries(Likelihood):
         return self._over_time(losses, outputs)
 
     @override
-    def sample(self, outputs: Any) -> Tensor:
+    def sample(self, outputs: Any, /) -> Tensor:
         drawn = self.step.sample(self._steps(outputs, (), required=False)[0])
         return drawn.reshape(*outputs.shape[:2], *drawn.shape[1:])
 
     @override
-    def sampled_nll(self, outputs: Any, *rest: Any) -> Tensor:
+    def sampled_nll(self, outputs: Any, /, *rest: Any) -> Tensor:
         losses = self.step.weighted_sampled_nll(*self._steps(outputs, rest, required=False))
         return self._over_time(losses, outputs)
 
@@ -98,24 +106,25 @@ class TimeSeries(Likelihood):
         outputs = real_tensor(outputs, type(self).__name__)
         if outputs.dim() != 3:
             raise InvalidBatch(
-                f"TimeSeries needs outputs [{self._order}, F]; found {describe(outputs)}. Mend: "
-                "the model's outputs, in forward."
+                f"the outputs that TimeSeries takes must be [{self._order}, F]; found "
+                f"{describe(outputs)}. Fix: the model's outputs, in forward."
             )
         targets = self.step.targets_in(rest, required=required)
         if targets is not None and targets.shape[:2] != outputs.shape[:2]:
             raise InvalidBatch(
-                f"TimeSeries needs targets [{self._order}] or [{self._order}, F] for outputs "
-                f"{list(outputs.shape)}; found {describe(targets)}. Mend: their shape, in "
-                f"target_transform, or TimeSeries(batch_first={not self.batch_first})."
+                f"the targets that TimeSeries takes must be [{self._order}] or [{self._order}, F] "
+                f"for outputs {list(outputs.shape)}; found {describe(targets)}. Fix: their shape, "
+                f"in target_transform, or TimeSeries(batch_first={not self.batch_first})."
             )
         mask = rest[1] if len(rest) > 1 and isinstance(rest[1], Tensor) else None
         if mask is not None and mask.dim() < 2:
             mask = None
         if mask is not None and mask.shape != outputs.shape[:2]:
             raise InvalidBatch(
-                f"TimeSeries needs a mask [{self._order}] for outputs {list(outputs.shape)}; "
-                f"found {describe(mask)}. Mend: its shape; or, if it is no mask, another place: "
-                "the tensor of two dimensions or more right after the targets is one."
+                f"the mask that TimeSeries takes must be [{self._order}] for outputs "
+                f"{list(outputs.shape)}; found {describe(mask)}. Fix: its shape; or, if it is not "
+                "a mask, its position in the batch: a tensor of two dimensions or more right after "
+                "the targets is one."
             )
         return (
             outputs.flatten(0, 1),
@@ -126,11 +135,3 @@ class TimeSeries(Likelihood):
     @property
     def _order(self) -> str:
         return "N, S" if self.batch_first else "S, N"
-
-
-def _redefines(step: Pointwise) -> bool:
-    """Whether a subclass computes something that `TimeSeries`, which goes beneath, would miss."""
-    return any(
-        getattr(type(step), name) is not getattr(Pointwise, name)
-        for name in ("nll", "sample", "sampled_nll", "exact_terms")
-    )

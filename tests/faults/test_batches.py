@@ -177,7 +177,7 @@ def test_row_13_a_label_outside_allowed_outputs(kind):
     refused(
         kind,
         [(x, y.clamp(max=2))],
-        "a place in allowed_outputs (0, 2), 0 to 1",
+        "a position in allowed_outputs (0, 2), 0 to 1",
         "found 2",
         "target_transform",
         likelihood=Classification([0, 2]),

@@ -11,10 +11,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Categorical, Normal
+from torch.distributions import Bernoulli, Categorical, Normal
 
-from ewc.likelihoods import Classification, Likelihood, Regression, TimeSeries
+from ewc.likelihoods import (
+    Classification,
+    Fault,
+    Likelihood,
+    Pointwise,
+    Regression,
+    Targets,
+    TimeSeries,
+)
 
 Outcomes = Iterator[tuple[float, Tensor]]
 
@@ -76,6 +85,32 @@ def two_points(y: Tensor, variance: Tensor) -> Outcomes:
     scale = variance.sqrt().expand_as(y)
     for signs in itertools.product((-1.0, 1.0), repeat=y.numel()):
         yield 0.5 ** y.numel(), y + scale * torch.tensor(signs, dtype=y.dtype).reshape(y.shape)
+
+
+class Coins(Pointwise):
+    """Independent 0/1 outputs: the three methods of a position, as a user defines them."""
+
+    def position_nll(self, head: Tensor, targets: Tensor) -> Tensor:
+        return F.softplus(head) - targets * head
+
+    def position_sample(self, head: Tensor) -> Tensor:
+        return head.sigmoid().bernoulli()
+
+    def position_terms(self, head: Tensor) -> Tensor:
+        # E[(p - target)^2] = p (1 - p): its root times the logit has that squared gradient.
+        p = head.detach().sigmoid()
+        return ((p * (1 - p)).sqrt() * head)[None]
+
+
+class FewCoins(Coins):
+    """The same of some outputs, with a rule of its own about targets."""
+
+    allowed_outputs = (2, 0)
+
+    def read_targets(self, head: Tensor, targets: Tensor, mask: Tensor | None) -> Targets:
+        values, mask, faults = super().read_targets(head, targets, mask)
+        rule = Fault((values != 0) & (values != 1), "targets must be 0 or 1; found others.")
+        return Targets(values, mask, (*faults, rule))
 
 
 def classification_cases() -> dict[str, Case]:
@@ -242,7 +277,7 @@ def sequence_cases() -> dict[str, Case]:
             TimeSeries(batch_first=True), weighted, reference, steps
         ),
         "head, transform": Case(
-            TimeSeries(Classification([2, 0], lambda t: t[:-1] - 1)),
+            TimeSeries(Classification([2, 0], target_transform=lambda t: t[:-1] - 1)),
             lambda n: (normal(3, n, 3), torch.randint(1, 3, (4, n))),
             lambda o, t: reference(o[..., [2, 0]], t[:-1] - 1),
             lambda o: steps(o[..., [2, 0]]),
@@ -265,4 +300,41 @@ def sequence_cases() -> dict[str, Case]:
     }
 
 
-CASES = classification_cases() | regression_cases() | sequence_cases()
+def user_cases() -> dict[str, Case]:
+    """Subclasses of `Pointwise` that are not the library's."""
+
+    def reference(outputs: Tensor, targets: Tensor) -> Tensor:
+        return -Bernoulli(logits=outputs).log_prob(targets.to(outputs.dtype)).sum()
+
+    def tosses(outputs: Tensor) -> Outcomes:
+        for targets in itertools.product((0.0, 1.0), repeat=outputs.numel()):
+            drawn = torch.tensor(targets, dtype=outputs.dtype).reshape(outputs.shape)
+            yield Bernoulli(logits=outputs).log_prob(drawn).sum().exp().item(), drawn
+
+    def masked(n: int) -> tuple[Tensor, ...]:
+        mask = torch.rand(3, n) < 0.6
+        return normal(3, n, 1), torch.where(mask[..., None], torch.ones(3, n, 1), math.nan), mask
+
+    return {
+        "a user's": Case(
+            Coins(),
+            lambda n: (normal(n, 2, 2), torch.randint(0, 2, (n, 2, 2))),
+            reference,
+            tosses,
+        ),
+        "a user's, head": Case(
+            FewCoins(),
+            lambda n: (normal(n, 3), torch.randint(0, 2, (n, 2))),
+            lambda o, t: reference(o[:, [2, 0]], t),
+            lambda o: tosses(o[:, [2, 0]]),
+        ),
+        "a user's, masked steps": Case(
+            TimeSeries(Coins()),
+            masked,
+            lambda o, t, m: reference(o[m], t[m]),
+            tosses,
+        ),
+    }
+
+
+CASES = classification_cases() | regression_cases() | sequence_cases() | user_cases()

@@ -201,7 +201,9 @@ class TestWrongTargets:
     @pytest.mark.parametrize("shape", [(3,), (2, 4), (2, 5, 1)])
     def test_indices_of_another_shape(self, shape: tuple[int, ...]) -> None:
         logits = torch.randn(2, *[3, 5, 6][: len(shape)])
-        with pytest.raises(InvalidBatch, match="need class indices") as error:
+        with pytest.raises(
+            InvalidBatch, match="class indices for logits .* must have the shape"
+        ) as error:
             Classification().nll(logits, torch.zeros(shape, dtype=torch.long))
         assert str(list(shape)) in str(error.value)
         assert str(list(logits.shape)) in str(error.value)
@@ -253,7 +255,7 @@ class TestWrongTargets:
 
 class TestWrongOutputs:
     def test_one_dimension(self) -> None:
-        with pytest.raises(InvalidBatch, match=r"needs logits \[N, C\]"):
+        with pytest.raises(InvalidBatch, match=r"must be logits \[N, C\]"):
             Classification().nll(torch.randn(3), torch.tensor([0, 1, 0]))
 
     def test_head_beyond_the_outputs(self) -> None:

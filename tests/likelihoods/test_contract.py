@@ -213,8 +213,8 @@ def test_all_three_types_are_supported(case: Case) -> None:
 @pytest.mark.parametrize(
     "likelihood",
     [
-        Classification([1, 2], torch.abs, ignore_index=7),
-        Regression(torch.tensor([1.0, 2.0]), [0, 1]),
+        Classification([1, 2], target_transform=torch.abs, ignore_index=7),
+        Regression(torch.tensor([1.0, 2.0]), allowed_outputs=[0, 1]),
         TimeSeries(Regression(3.0), batch_first=True),
     ],
     ids=lambda likelihood: type(likelihood).__name__,

@@ -79,7 +79,7 @@ def test_variance_that_does_not_fit_one_sample(shape: tuple[int, ...]) -> None:
 
 
 def test_allowed_outputs_need_a_dimension() -> None:
-    with pytest.raises(InvalidBatch, match="a last dimension for allowed_outputs"):
+    with pytest.raises(InvalidBatch, match="a last dimension that allowed_outputs"):
         Regression(allowed_outputs=[0]).nll(torch.randn(3), torch.randn(3))
     with pytest.raises(InvalidBatch, match="the 3 outputs, 0 to 2; found 3"):
         Regression(allowed_outputs=[3]).nll(torch.randn(2, 3), torch.randn(2, 1))

@@ -98,7 +98,7 @@ def test_weights_must_be_real() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 4), (5, 3, 1)])
 def test_mask_of_another_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InvalidBatch, match=r"needs a mask \[S, N\] for outputs \[5, 3, 4\]; found"):
+    with pytest.raises(InvalidBatch, match=r"must be \[S, N\] for outputs \[5, 3, 4\]; found"):
         TimeSeries().nll(torch.randn(5, 3, 4), torch.zeros(5, 3).long(), torch.ones(shape))
 
 
@@ -115,7 +115,7 @@ def test_labels_outside_the_head() -> None:
 
 
 def test_outputs_of_another_shape() -> None:
-    with pytest.raises(InvalidBatch, match=r"needs outputs \[N, S, F\]; found Tensor\[5, 3\]"):
+    with pytest.raises(InvalidBatch, match=r"must be \[N, S, F\]; found Tensor\[5, 3\]"):
         TimeSeries(batch_first=True).nll(torch.randn(5, 3), torch.zeros(5).long())
 
 
@@ -126,7 +126,7 @@ class Smoothed(Classification):
 
 @pytest.mark.parametrize("step", [Custom(len), TimeSeries(), Smoothed(), "classification"])
 def test_wrong_step(step: Likelihood) -> None:
-    with pytest.raises(TypeError, match=r"Classification or a Regression.*found"):
+    with pytest.raises(TypeError, match=r"a Regression or another Pointwise .*; found"):
         TimeSeries(step)
 
 
