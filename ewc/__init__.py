@@ -12,21 +12,35 @@ for loader in tasks:
 
 from ewc._ewc import EWC
 from ewc._online import OnlineEWC
-from ewc.errors import NothingProtectedWarning, SlowPathWarning, ZeroFisherWarning
+from ewc._options import FisherType, Method, Reduction
+from ewc._summary import Curvature, Summary
+from ewc.errors import (
+    InvalidBatch,
+    NothingProtectedWarning,
+    SlowPathWarning,
+    ZeroFisherWarning,
+)
 from ewc.integrations.hypnettorch import context_mod_forward
-from ewc.likelihoods import Classification, Custom, Likelihood, Regression, TimeSeries
+from ewc.likelihoods import Classification, Custom, Likelihood, Pointwise, Regression, TimeSeries
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "EWC",
     "Classification",
+    "Curvature",
     "Custom",
+    "FisherType",
+    "InvalidBatch",
     "Likelihood",
+    "Method",
     "NothingProtectedWarning",
     "OnlineEWC",
+    "Pointwise",
+    "Reduction",
     "Regression",
     "SlowPathWarning",
+    "Summary",
     "TimeSeries",
     "ZeroFisherWarning",
     "__version__",

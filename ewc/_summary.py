@@ -1,8 +1,8 @@
 """What a consolidation reports.
 
-The step size that training tolerates is bounded by the largest curvature of the penalty, a layer
-that fell back to a slower path costs time, and a layer that holds nearly all of the curvature is
-nearly all that is protected: all are visible only here.
+The largest curvature of the penalty bounds the learning rate. A layer that fell back to a slower
+method costs time. Where one layer has nearly all of the curvature, little else is protected. A user
+can see these facts only here.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,23 +17,22 @@ from ewc._options import Method
 from ewc.processes.layout import Groups, local, shard_groups
 from ewc.processes.reductions import max_over, sum_over
 
-_PATHS: dict[Method, str] = {
-    "rule": "closed form",
-    "vmap": "per-sample gradients",
-    "loop": "one sample at a time, slow",
-    "unused": "no gradient",
-}
-_SHOWN = 6
-ROWS = 40
+_NAMES = 6
+ROWS = 20
+"""The most rows of a table, unless the caller says otherwise."""
 
 
 class Curvature(NamedTuple):
-    """The curvature that the penalty has for a parameter, or for several, before `strength`.
+    """The curvature of the penalty in one parameter or several, before `strength`.
 
     Attributes:
-        entries: How many entries there are.
-        trace: Their sum.
-        largest: The largest of them.
+        entries: The number of entries.
+        trace: The sum of the curvature over them.
+        largest: The largest curvature of an entry.
+
+    Example:
+        >>> Curvature(entries=4, trace=2.0, largest=1.5).mean
+        0.5
     """
 
     entries: int
@@ -48,23 +47,32 @@ class Curvature(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """One consolidation, and the curvature that the penalty has after it.
+    """What a consolidation did, and the curvature of the penalty after it.
 
-    The curvature is that of the whole quadratic that is penalised from now on, all tasks together
-    (`OnlineEWC`: `decay * F~ + prior_precision`), before `strength`: this is what bounds the step.
-    Plain gradient descent on the penalty is stable for `lr * strength * largest < 2`.
+    The curvature is that of the whole penalty from now on, of all tasks (`OnlineEWC`:
+    `decay * F~ + prior_precision`), before `strength`. Plain gradient descent on the penalty is
+    stable for `lr * strength * largest < 2`.
 
-    `repr(summary)` is a few lines; `print(summary)` adds a `table` of the parameters.
+    `print(summary)` and `repr(summary)` are the same: two lines of totals, a `table` of at most 20
+    rows, and the reasons for slow methods.
 
     Attributes:
-        n_tasks: How many tasks have been consolidated, this one included.
-        samples: Samples of this consolidation, over all processes.
-        parameters: The curvature of each protected parameter, with `entries`, `trace`, `largest`
-            and `mean`.
-        paths: How the Fisher of each parameter of this consolidation was computed: `"rule"` (in
-            closed form), `"vmap"` (from per-sample gradients), `"loop"` (one sample at a time), or
-            `"unused"` (nothing reached the parameter).
-        reasons: Why the parameters that went one sample at a time did so.
+        n_tasks: The number of tasks consolidated, this one included.
+        samples: The number of samples of this consolidation, over all processes.
+        parameters: The curvature of each protected parameter, by canonical name.
+        paths: The method that computed the Fisher of each parameter of this consolidation:
+            `"rule"` (in closed form), `"vmap"` (from per-sample gradients), `"loop"` (one sample at
+            a time), or `"unused"` (no gradient reached the parameter).
+        reasons: Why parameters were computed by `"loop"`, by canonical name.
+
+    Example:
+        >>> summary = EWC(model, Classification()).consolidate(tasks[0])
+        >>> summary.n_tasks, summary.samples
+        (1, 20)
+        >>> summary.paths["weight"]
+        'rule'
+        >>> summary.parameters["weight"].entries
+        20
     """
 
     n_tasks: int
@@ -76,16 +84,16 @@ class Summary:
     @property
     def trace(self) -> float:
         """Sum of the curvature over all protected entries."""
-        return together(self.parameters.values()).trace
+        return combined(self.parameters.values()).trace
 
     @property
     def largest(self) -> float:
         """Largest entry of the curvature."""
-        return together(self.parameters.values()).largest
+        return combined(self.parameters.values()).largest
 
     @property
     def bound(self) -> float:
-        """What `lr * strength` must stay below in plain gradient descent.
+        """The value that `lr * strength` must stay below in plain gradient descent.
 
         Example:
             >>> ewc = EWC(model, Classification())
@@ -96,34 +104,34 @@ class Summary:
         return 2.0 / self.largest if self.largest > 0 else float("inf")
 
     def __repr__(self) -> str:
-        lines = self._head()
-        groups: dict[tuple[Method, str], list[str]] = {}
-        for name, path in self.paths.items():
-            groups.setdefault((path, self.reasons.get(name, "")), []).append(name)
-        for (path, reason), names in groups.items():
-            shown = ", ".join(names[:_SHOWN])
-            more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
-            lines.append(f"  {path} ({_PATHS[path]}): {shown}{more}")
-            if reason:
-                lines.append(f"    because {reason}")
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        because = [f"  loop because {reason}" for reason in dict.fromkeys(self.reasons.values())]
-        return "\n".join([*self._head(), self.table(), *because])
+        head = (
+            f"Task {self.n_tasks}: {self.samples} samples, trace {self.trace:.4g}, "
+            f"largest entry {self.largest:.4g}"
+        )
+        stable = f"  stable steps: lr * strength < {self.bound:.4g}"
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        slow = [f"  loop because {reason}: {_some(names)}" for reason, names in by_reason.items()]
+        return "\n".join([head, stable, self.table(), *slow])
 
     def table(self, rows: int = ROWS) -> str:
         """The curvature of each parameter or, where there are too many, of each layer, as text.
 
-        A layer is named by as much of the names as fits into `rows`; rows that are still too many
-        give way, those with the least curvature first, to one that sums them up. `trace` is the
-        share of the whole; the path is `earlier` for what only earlier tasks have collected.
+        A layer is named by the first components of its parameters' names, as many as `rows` allows.
+        If there are still too many layers, those with the least trace share one row. The column
+        `trace` is the share of the total; the path of parameters that only earlier tasks have
+        collected is `earlier`.
 
         Args:
-            rows: At most so many rows, `>= 1`, next to the head and the sum of all.
+            rows: The most rows, `>= 1`, beside the header and the row `all`.
+
+        Raises:
+            TypeError: `rows` is not an integer.
+            ValueError: `rows` is less than 1.
         """
-        groups = fold(self.parameters, rows)
-        whole = together(self.parameters.values())
+        groups = group_by_layer(self.parameters, rows)
+        whole = combined(self.parameters.values())
 
         def row(label: str, one: Curvature, names: list[str]) -> tuple[str, ...]:
             share = one.trace / whole.trace if whole.trace else 0.0
@@ -133,7 +141,7 @@ class Summary:
 
         cells: list[tuple[str, ...]] = [("", "entries", "trace", "mean", "largest", "path")]
         for label, names in groups.items():
-            cells.append(row(label, together(self.parameters[name] for name in names), names))
+            cells.append(row(label, combined(self.parameters[name] for name in names), names))
         cells.append(row("all", whole, []))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = []
@@ -142,16 +150,15 @@ class Summary:
             lines.append("  ".join(["", f"{label:{widths[0]}}", *aligned, path]).rstrip())
         return "\n".join(lines)
 
-    def _head(self) -> list[str]:
-        return [
-            f"Task {self.n_tasks}: {self.samples} samples, trace {self.trace:.4g}, "
-            f"largest entry {self.largest:.4g}",
-            f"  stable steps: lr * strength < {self.bound:.4g}",
-        ]
+
+def _some(names: list[str]) -> str:
+    """The first few of some names."""
+    shown = ", ".join(names[:_NAMES])
+    return shown if len(names) <= _NAMES else f"{shown}, ... ({len(names)} in all)"
 
 
-def together(curvatures: Iterable[Curvature]) -> Curvature:
-    """The curvature of several parameters."""
+def combined(curvatures: Iterable[Curvature]) -> Curvature:
+    """The curvature of several parameters as of one."""
     entries, trace, largest = 0, 0.0, 0.0
     for one in curvatures:
         entries += one.entries
@@ -160,16 +167,17 @@ def together(curvatures: Iterable[Curvature]) -> Curvature:
     return Curvature(entries, trace, largest)
 
 
-def fold(curvatures: Mapping[str, Curvature], rows: int) -> dict[str, list[str]]:
-    """At most so many groups of parameters: by layer, named as finely as fits.
+def group_by_layer(curvatures: Mapping[str, Curvature], rows: int) -> dict[str, list[str]]:
+    """Parameters in at most `rows` groups, by layer, with names as specific as that allows.
 
     Args:
         curvatures: By name of the parameter.
         rows: The most groups, `>= 1`.
 
     Returns:
-        The names in each group, by what they have in common: `"h.0"` for `"h.0.fc.weight"`. If
-        there are too many groups even so, the last one holds those with the least curvature.
+        The parameters' names in each group, by their common beginning: `"h.0"` for
+        `"h.0.fc.weight"`. If there are still too many groups, the last one holds those with the
+        least trace.
     """
     rows = positive_int("rows", rows)
     groups: dict[str, list[str]] = {}
@@ -180,7 +188,7 @@ def fold(curvatures: Mapping[str, Curvature], rows: int) -> dict[str, list[str]]
         if len(groups) <= rows:
             return groups
     trace = {
-        label: together(curvatures[name] for name in names).trace for label, names in groups.items()
+        label: combined(curvatures[name] for name in names).trace for label, names in groups.items()
     }
     shown = set(sorted(groups, key=trace.__getitem__, reverse=True)[: rows - 1])
     others = [name for label, names in groups.items() if label not in shown for name in names]
@@ -189,16 +197,16 @@ def fold(curvatures: Mapping[str, Curvature], rows: int) -> dict[str, list[str]]
 
 
 def measure(curvatures: Mapping[str, Tensor]) -> dict[str, Curvature]:
-    """Sums and largest entries of tensors, read at once: each reading waits for a device.
+    """Sums and largest entries of tensors, read from the device together: each read waits for it.
 
     Args:
-        curvatures: Real tensors, by name. A collective, if some are sharded.
+        curvatures: Real tensors, by name. If some are sharded, this is a collective.
     """
-    spread: dict[Groups, list[str]] = {}
+    alike: dict[Groups, list[str]] = {}
     for name, tensor in curvatures.items():
-        spread.setdefault(shard_groups(tensor), []).append(name)
+        alike.setdefault(shard_groups(tensor), []).append(name)
     found = {}
-    for groups, names in spread.items():
+    for groups, names in alike.items():
         parts = [local(curvatures[name]) for name in names]
         tops = [part.max() if part.numel() else part.new_zeros(()) for part in parts]
         device = parts[0].device

@@ -1,6 +1,6 @@
-"""The Fisher as a picture, for those who would rather look than read.
+"""The diagonal Fisher as a picture.
 
-Nothing else in the library needs this module, nor matplotlib, which it loads when it draws:
+Only this module needs matplotlib, and it is imported by the first call:
 `pip install "ewc[plot]"`.
 """
 
@@ -11,32 +11,32 @@ import torch
 from torch import Tensor
 
 from ewc._ewc import EWC
-from ewc._summary import ROWS, Curvature, fold, measure, together
+from ewc._summary import ROWS, Curvature, combined, group_by_layer, measure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_DECADES = 12  # below the largest entry: further down, nothing is held in place
+_DECADES = 12  # below the largest entry; smaller ones do not protect anything
 _BINS = 6 * _DECADES
 _BLUE = "#0072B2"
 _VERMILION = "#D55E00"
 
 
 def plot_fisher(ewc: EWC, *, rows: int = ROWS) -> "Figure":
-    """Draw how the Fisher is distributed over the layers and within them.
+    """Draw the distribution of the diagonal Fisher over the layers and within them.
 
-    One row for each parameter or, where there are too many, for each layer, as in the summary's
-    `table`. On the left, how the entries of the row are spread over orders of magnitude, from
-    `largest / 10^12` on: the darker, the more of them. Marks stand at their mean and at the
-    largest. On the right, the row's share of the trace.
+    There is one row for each parameter or, if there are too many, for each layer, as in
+    `Summary.table`. On the left: the distribution of the row's entries over orders of magnitude,
+    from `largest / 10^12` on, darker where there are more; with marks at their mean and at the
+    largest. On the right: the row's share of the trace.
 
     Args:
-        ewc: An `EWC` or `OnlineEWC` that has been consolidated. Its `fisher` is drawn, the prior
-            of `OnlineEWC` not in it.
-        rows: At most so many rows, `>= 1`.
+        ewc: An `EWC` or `OnlineEWC` that has consolidated a task. Its `fisher` is drawn, without
+            the prior of `OnlineEWC`.
+        rows: The most rows, `>= 1`.
 
     Returns:
-        A figure of pyplot's: `.savefig(path)`, or `plt.show()`.
+        A pyplot figure: `.savefig(path)`, or `plt.show()`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -45,49 +45,49 @@ def plot_fisher(ewc: EWC, *, rows: int = ROWS) -> "Figure":
     """
     pyplot = _pyplot()
     if not isinstance(ewc, EWC):
-        raise TypeError(f"plot_fisher draws an EWC or OnlineEWC; found {type(ewc).__name__}.")
+        raise TypeError(f"ewc must be an EWC or OnlineEWC; found {type(ewc).__name__}.")
     fisher = ewc.fisher
     curvatures = measure(fisher)
-    total = together(curvatures.values())
+    total = combined(curvatures.values())
     if not total.largest > 0:
         raise ValueError(
-            "plot_fisher needs a Fisher that is not zero everywhere; found none after "
-            f"{ewc.n_tasks} consolidations. Mend: call consolidate first."
+            "The Fisher to draw must have an entry that is not zero; found none after "
+            f"{ewc.n_tasks} consolidations. Fix: call consolidate first."
         )
-    groups = fold(curvatures, rows)
-    found = [together(curvatures[name] for name in names) for names in groups.values()]
+    groups = group_by_layer(curvatures, rows)
+    found = [combined(curvatures[name] for name in names) for names in groups.values()]
     top = math.log10(total.largest)
-    spreads = [_spread([fisher[name] for name in names], top) for names in groups.values()]
+    histograms = [_histogram([fisher[name] for name in names], top) for names in groups.values()]
 
     figure: Figure = pyplot.figure(figsize=(9, 1.6 + 0.27 * len(groups)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    _draw_spreads(left, list(groups), spreads, found, top)
+    _draw_histograms(left, list(groups), histograms, found, top)
     _draw_shares(right, found, total)
     tasks = "1 task" if ewc.n_tasks == 1 else f"{ewc.n_tasks} tasks"
     figure.suptitle(f"Fisher information after {tasks}", x=0.01, ha="left", weight="bold")
     return figure
 
 
-def _spread(tensors: list[Tensor], top: float) -> Tensor:
-    """How many entries lie in each bin from `10^(top - _DECADES)` to `10^top`: `[_BINS]`.
+def _histogram(tensors: list[Tensor], top: float) -> Tensor:
+    """The number of entries in each bin from `10^(top - _DECADES)` to `10^top`: `[_BINS]`.
 
-    What is left over lies below, most of it at 0.
+    Smaller entries, most of them 0, are in no bin.
     """
     bottom = top - _DECADES
     counts = torch.zeros(_BINS, dtype=torch.float64)
     for tensor in tensors:
-        # Out of range below, where 0 would be -inf; above, rounding must not lose the largest.
+        # Clamped, because log10(0) is -inf, and rounding must not put the largest above the top.
         magnitudes = tensor.log10().clamp(bottom - 1, top)
         counts += torch.histc(magnitudes, _BINS, bottom, top).to(counts)
     return counts
 
 
-def _draw_spreads(
-    axis: Any, labels: list[str], spreads: list[Tensor], found: list[Curvature], top: float
+def _draw_histograms(
+    axis: Any, labels: list[str], histograms: list[Tensor], found: list[Curvature], top: float
 ) -> None:
-    """A strip for each row, as dark as there are entries, with marks for the mean and largest."""
+    """A strip for each row, darker where there are more entries; marks for mean and largest."""
     bottom = top - _DECADES
-    for row, (counts, one) in enumerate(zip(spreads, found, strict=True)):
+    for row, (counts, one) in enumerate(zip(histograms, found, strict=True)):
         darkness = counts / counts.max().clamp_min(1)
         axis.imshow(
             darkness[None].numpy(),
@@ -117,7 +117,7 @@ def _draw_spreads(
 
 
 def _draw_shares(axis: Any, found: list[Curvature], total: Curvature) -> None:
-    """How much of the trace each row has."""
+    """A bar for each row's share of the trace."""
     shares = [100 * one.trace / total.trace for one in found]
     bars = axis.barh(range(len(found)), shares, height=0.72, color=_BLUE)
     axis.bar_label(bars, [f"{share:.1f}" for share in shares], padding=3, fontsize=8)
@@ -131,6 +131,6 @@ def _pyplot() -> Any:
         import matplotlib.pyplot
     except ImportError as error:
         raise ImportError(
-            'plot_fisher needs matplotlib; found none. Mend: pip install "ewc[plot]".'
+            'matplotlib must be installed to draw; found none. Fix: pip install "ewc[plot]".'
         ) from error
     return matplotlib.pyplot

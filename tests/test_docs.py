@@ -9,6 +9,7 @@ run too.
 import doctest
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ewc
 import ewc.fisher
-from ewc._summary import Summary
+import ewc.likelihoods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -92,14 +93,14 @@ def test_the_checks_run_the_commands_of_the_readme() -> None:
 
 
 def public() -> list[object]:
-    """Whatever `ewc` and `ewc.fisher` export, and what a consolidation returns."""
-    modules = (ewc, ewc.fisher)
-    return [Summary, *(getattr(module, name) for module in modules for name in module.__all__)]
+    """Whatever `ewc`, `ewc.fisher` and `ewc.likelihoods` export."""
+    modules = (ewc, ewc.fisher, ewc.likelihoods)
+    return [getattr(module, name) for module in modules for name in module.__all__]
 
 
 @pytest.mark.parametrize("each", public(), ids=lambda each: getattr(each, "__name__", "-"))
 def test_examples_in_docstrings_run(each: object) -> None:
-    if isinstance(each, str):  # `__version__`
+    if isinstance(each, str) or get_args(each):  # `__version__`, `FisherType`
         return
     torch.manual_seed(0)
     model = nn.Linear(4, 5)
@@ -120,7 +121,17 @@ def test_examples_in_docstrings_run(each: object) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["EWC", "OnlineEWC", "Likelihood", "Classification", "Regression", "TimeSeries", "Custom"],
+    [
+        "EWC",
+        "OnlineEWC",
+        "Likelihood",
+        "Pointwise",
+        "Classification",
+        "Regression",
+        "TimeSeries",
+        "Custom",
+        "Summary",
+    ],
 )
 def test_what_users_begin_with_has_an_example(name: str) -> None:
     assert ">>>" in (getattr(ewc, name).__doc__ or "")
@@ -130,6 +141,7 @@ def test_the_reference_has_all_public_names() -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     names = [f"ewc.{name}" for name in ewc.__all__ if name != "__version__"]
     names += [f"ewc.fisher.{name}" for name in ewc.fisher.__all__]
+    names += ["ewc.likelihoods.Targets", "ewc.likelihoods.Fault"]
     shown = set(re.findall(r"^\.\. auto\w+:: (\S+)$", page, re.MULTILINE))
     assert [name for name in names if name not in shown] == []
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ewc import EWC, Classification, OnlineEWC
 from ewc._summary import measure
-from ewc.plot import _spread, plot_fisher
+from ewc.plot import _histogram, plot_fisher
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 pyplot.switch_backend("Agg")
@@ -55,13 +55,13 @@ def test_shares_are_those_of_the_trace():
     assert widths == pytest.approx([100 * trace / sum(traces) for trace in traces])
 
 
-def test_spread_counts_every_entry_in_its_decade():
+def test_the_histogram_counts_every_entry_in_its_decade():
     tensors = [torch.tensor([1.0, 0.99, 1e-3]), torch.tensor([[0.0, 1e-30]], dtype=torch.float64)]
-    counts = _spread(tensors, top=0.0)
+    counts = _histogram(tensors, top=0.0)
     assert counts[-1] == 2  # the top itself among them
     assert counts[:-1].sum() == 1
     assert counts.sum() == 3  # nothing of 0 and of what is nearly 0
-    assert _spread([torch.zeros(0)], top=0.0).sum() == 0
+    assert _histogram([torch.zeros(0)], top=0.0).sum() == 0
 
 
 def test_an_empty_parameter_and_one_of_zeros_are_drawn():

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from ewc._summary import Curvature, Summary, fold, measure, together
+from ewc import Curvature, Summary
+from ewc._summary import combined, group_by_layer, measure
 
 SUMMARY = Summary(
     n_tasks=2,
@@ -31,28 +32,9 @@ def test_trace_and_largest_are_those_of_all_parameters():
     assert SUMMARY.largest == 0.25
 
 
-def test_repr_says_all():
-    summary = dataclasses.replace(SUMMARY, paths={**SUMMARY.paths, "x": "unused"})
-    assert repr(summary).splitlines() == [
-        "Task 2: 60 samples, trace 12.5, largest entry 0.25",
-        "  stable steps: lr * strength < 8",
-        "  rule (closed form): 0.weight, 0.bias",
-        "  vmap (per-sample gradients): scale",
-        "  loop (one sample at a time, slow): rnn",
-        "    because it is used out of sight",
-        "  unused (no gradient): x",
-    ]
-
-
-def test_repr_shortens_long_lists():
-    summary = dataclasses.replace(SUMMARY, paths={f"{i}.weight": "rule" for i in range(50)})
-    assert "0.weight, 1.weight" in repr(summary)
-    assert "(50 in all)" in repr(summary)
-    assert "49.weight" not in repr(summary)
-
-
-def test_print_shows_a_row_for_each_parameter():
-    assert str(SUMMARY).splitlines() == [
+def test_repr_and_print_are_totals_and_table_and_reasons():
+    assert str(SUMMARY) == repr(SUMMARY)
+    assert repr(SUMMARY).splitlines() == [
         "Task 2: 60 samples, trace 12.5, largest entry 0.25",
         "  stable steps: lr * strength < 8",
         "            entries   trace     mean  largest  path",
@@ -62,8 +44,24 @@ def test_print_shows_a_row_for_each_parameter():
         "  rnn            40    3.0%  0.00937   0.0625  loop",
         "  x               5    0.0%        0        0  earlier",
         "  all         1,276  100.0%   0.0098     0.25",
-        "  loop because it is used out of sight",
+        "  loop because it is used out of sight: rnn",
     ]
+
+
+def test_repr_is_capped():
+    names = [f"{i}.weight" for i in range(50)]
+    summary = dataclasses.replace(
+        SUMMARY,
+        parameters={name: Curvature(1, 1.0, 1.0) for name in names},
+        paths=dict.fromkeys(names, "loop"),
+        reasons=dict.fromkeys(names, "it is used out of sight"),
+    )
+    lines = repr(summary).splitlines()
+    assert len(lines) == 2 + 1 + 20 + 1 + 1  # totals, header, rows, "all", one reason
+    assert lines[-3].split()[:2] == ["31", "others"]
+    assert lines[-1].endswith(
+        ": 0.weight, 1.weight, 2.weight, 3.weight, 4.weight, 5.weight, ... (50 in all)"
+    )
 
 
 def test_table_folds_by_layer_and_then_drops_the_least():
@@ -85,14 +83,14 @@ def test_table_of_nothing():
     assert summary.table().split()[-5:-1] == ["all", "0", "0.0%", "0"]
 
 
-def test_fold_keeps_the_groups_with_the_most_curvature():
+def test_grouping_keeps_the_groups_with_the_most_curvature():
     flat = {f"{i}.weight": Curvature(1, float(i % 3), 1.0) for i in range(6)}
-    assert fold(flat, 3) == {
+    assert group_by_layer(flat, 3) == {
         "2": ["2.weight"],
         "5": ["5.weight"],
         "4 others": ["0.weight", "1.weight", "3.weight", "4.weight"],
     }
-    assert sum(map(len, fold(flat, 1).values())) == len(flat)
+    assert sum(map(len, group_by_layer(flat, 1).values())) == len(flat)
 
 
 def test_measure():
@@ -107,7 +105,7 @@ def test_measure():
         "b": Curvature(2, 2.5, 2.0),
     }
     assert measure({}) == {}
-    assert together(measure(tensors).values()) == Curvature(4, 6.5, 3.0)
+    assert combined(measure(tensors).values()) == Curvature(4, 6.5, 3.0)
     assert Curvature(0, 0.0, 0.0).mean == 0.0
 
 

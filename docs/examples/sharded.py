@@ -57,7 +57,7 @@ def train_and_save(tasks: list[Digits], folder: Path) -> None:
     for task in tasks:
         train(model, ewc, task)
         summary = ewc.consolidate(loader(task))  # every process over its own samples
-        say(repr(summary))
+        say(str(summary))
         say(f"accuracy: {report(model, tasks)}")
     held = sum(each.to_local().numel() for each in ewc.fisher.values())
     say(f"entries of the Fisher that this process holds: {held} of {count(model)}")

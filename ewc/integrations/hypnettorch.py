@@ -1,8 +1,8 @@
-"""A ready-made `forward` for networks whose context modulation is handed in from outside.
+"""A ready-made `forward` for networks with context modulation.
 
-Such a network (hypnettorch's `mnets`, for instance) has weights of its own and modulation weights
-that a user or a hypernetwork provides; both go into its `forward` by hand. The Fisher information
-is that of its own weights, under the given modulation.
+Such a network (hypnettorch's `mnets`, for instance) has weights of its own and takes modulation
+weights from a user or a hypernetwork; its `forward` expects both as arguments. The Fisher
+information is that of its own weights, given the modulation.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def context_mod_forward(mod_weights: ModWeights) -> Forward:
 
     Args:
         mod_weights: The modulation weights, a list of tensors, or a function that returns them
-            for a batch, such as `lambda batch: hnet(cond_id=task)`. The function may be handed
+            for a batch, such as `lambda batch: hnet(cond_id=task)`. The function may be called with
             any sub-batch, also inside `torch.func.vmap`.
 
     Returns:
@@ -56,7 +56,7 @@ def context_mod_forward(mod_weights: ModWeights) -> Forward:
 
 @dataclass(frozen=True)
 class _ContextModForward:
-    """A class, not a closure, so that an `EWC` that holds it can be pickled."""
+    """A class, not a closure, so that an `EWC` with this forward can be pickled."""
 
     mod_weights: ModWeights
 
@@ -64,8 +64,8 @@ class _ContextModForward:
         inputs, _ = split_inputs(batch)
         if not isinstance(inputs, Tensor):
             raise InvalidBatch(
-                "context_mod_forward calls the model on one tensor of inputs; found the inputs "
-                f"{describe(inputs)}. Mend: yield (inputs, *rest), or write your own forward:\n"
+                "context_mod_forward must have one tensor of inputs; found the inputs "
+                f"{describe(inputs)}. Fix: yield (inputs, *rest), or write your own forward:\n"
                 "    def forward(model, batch):\n"
                 '        weights = {"mod_weights": ..., '
                 '"internal_weights": model.internal_params}\n'

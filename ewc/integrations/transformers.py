@@ -1,9 +1,9 @@
-"""For the Trainer of Hugging Face's transformers: the penalty once for each optimizer step.
+"""The penalty in the Trainer of Hugging Face's transformers, once for each optimizer step.
 
-The Trainer divides a loss by the accumulation steps only where the loss is a mean over one batch.
-Where model or loss function have already divided by the items of the whole accumulated batch, it
-does not, and a penalty added to such a loss would count once for every batch. Which of the two
-holds is known to the Trainer alone, so the penalty has to be added inside of it.
+The Trainer divides a loss by the accumulation steps only if the loss is a mean over one batch. If
+the model or the loss function has already divided by the items of the whole accumulated batch, the
+Trainer does not, and a penalty added to such a loss would count once for every batch. Only the
+Trainer knows which case it is, so the penalty must be added inside the Trainer.
 """
 
 import os
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from ewc import EWC
 
 FILE = "ewc.pt"
-"""What is known, beside the model's weights in each checkpoint."""
+"""The file with the state of `ewc`, beside the model's weights in each checkpoint."""
 
 
 class EWCMixin:
-    """A Trainer that protects what its model has learned.
+    """A mixin that adds the EWC penalty to a Trainer.
 
-    Put it in front of the `Trainer`, or of a subclass of it, in a class of your own. It adds the
+    Derive a class from it and the `Trainer`, or a subclass of that, in this order. It adds the
     penalty to the loss of every training step, never in evaluation; writes `ewc.pt` wherever the
-    model is saved, checkpoints included; and reads it where `train(resume_from_checkpoint=...)`
-    resumes. When to consolidate remains yours: `ewc.consolidate(trainer.get_train_dataloader())`.
+    model is saved, checkpoints included; and reads it when `train(resume_from_checkpoint=...)`
+    resumes. It does not consolidate: call `ewc.consolidate(trainer.get_train_dataloader())`.
 
     Args:
-        *args: As the Trainer takes them.
-        ewc: What protects the Trainer's model.
-        **kwargs: As the Trainer takes them.
+        *args: Passed on to the Trainer.
+        ewc: The `EWC` or `OnlineEWC` of the Trainer's model.
+        **kwargs: Passed on to the Trainer.
 
     Raises:
         TypeError: `ewc` is something else.
@@ -54,7 +54,7 @@ class EWCMixin:
         if getattr(self, "model_init", None) is not None:
             raise ValueError(
                 "The Trainer must train the model that ewc protects; found model_init, which makes "
-                "another one. Pass model=..."
+                "another one. Fix: pass model=..."
             )
         self.ewc = ewc
 
@@ -79,7 +79,7 @@ class EWCMixin:
         return (loss, *outputs) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Save the model as the Trainer does, and what `ewc` knows beside it."""
+        """Save the model as the Trainer does, and the state of `ewc` beside it."""
         folder = self.args.output_dir if output_dir is None else output_dir
         state = self.ewc.state_dict(full=True)  # a collective, so on every process
         if self.args.should_save:
@@ -90,7 +90,7 @@ class EWCMixin:
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train as the Trainer does; where it resumes, with what `ewc` knew at that time."""
+        """Train as the Trainer does; when it resumes, load the state of `ewc` as well."""
         folder = resume_from_checkpoint
         if folder is True:
             from transformers.trainer_utils import get_last_checkpoint
@@ -102,11 +102,11 @@ class EWCMixin:
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the Trainer takes the loss for one that needs no more division."""
-        # As in `Trainer.training_step`, which has this nowhere to be asked for. Before
-        # transformers 5.19 there was no such attribute.
-        said: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
-        if said is not None:
-            return said
+        """Whether the Trainer will not divide the loss by the accumulation steps."""
+        # As in `Trainer.training_step`, which computes this inline. Before transformers 5.19 there
+        # was no such attribute.
+        is_scaled: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if is_scaled is not None:
+            return is_scaled
         by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         return bool(by_model or self.compute_loss_func is not None)
