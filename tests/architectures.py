@@ -157,7 +157,8 @@ class ByHand(nn.Module):
         x = x + self.positions[:, : x.shape[1]]
         normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
         x = (1.0 + self.scale.double()).to(x.dtype) * normal - self.offset[None, None]
-        at = torch.arange(3)[:, None] - torch.arange(3) + 2
+        at = torch.arange(3, device=x.device)
+        at = at[:, None] - at + 2
         bias = self.table[at, at.T].permute(2, 0, 1).contiguous()
         x = (((x @ x.mT).unsqueeze(1) + bias).softmax(-1) @ x.unsqueeze(1)).mean(1)
         x *= torch.exp(-F.softplus(self.decay.double())).to(x.dtype)
