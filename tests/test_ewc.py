@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import ewc as package
 from ewc import EWC, Classification, Likelihood, Regression
-from tests._tasks import (
+from tests.support.tasks import (
     assert_close,
     explicit_fisher,
     make_ewc,

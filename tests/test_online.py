@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ewc import EWC, Classification, OnlineEWC
-from tests._tasks import as_task, make_model, make_task, same, shift
+from tests.support.tasks import as_task, make_model, make_task, same, shift
 
 
 def make_online(model=None, **options):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ewc import EWC, Classification, Custom, OnlineEWC, Regression
 from tests import oracle
-from tests._asserts import unchanged
-from tests._tasks import make_model, make_task, shift, written_out
 from tests.architectures import CASES, build
+from tests.support.asserts import unchanged
+from tests.support.tasks import make_model, make_task, shift, written_out
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ewc.SlowPathWarning",

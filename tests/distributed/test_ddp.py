@@ -7,9 +7,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ewc import EWC, Classification, OnlineEWC
 from tests import oracle
-from tests._asserts import raises
-from tests._tasks import make_model, make_task
 from tests.distributed.workers import Workers
+from tests.support.asserts import raises
+from tests.support.tasks import make_model, make_task
 
 
 def shares(rank: int, world: int, sizes: list[int]) -> tuple[list, tuple]:

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from ewc import EWC, Classification, OnlineEWC
 from ewc.fisher.sharded.layers import Layers
 from tests import oracle
-from tests._asserts import unchanged
 from tests.distributed.workers import Workers
+from tests.support.asserts import unchanged
 
 CLASSES = 5
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ewc import Classification, Custom, NothingProtectedWarning, OnlineEWC, Regression
-from tests._asserts import raises, unchanged
-from tests._tasks import make, make_model, make_task, shift
+from tests.support.asserts import raises, unchanged
+from tests.support.tasks import make, make_model, make_task, shift
 
 HUGE = pytest.param(10**400, id="10**400")
 NUMBERS = [-1.0, float("nan"), float("inf"), -float("inf"), True, "1", None, 1j, [1.0], HUGE]

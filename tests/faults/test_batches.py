@@ -10,8 +10,16 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ewc import Classification, Custom, Regression
-from tests._asserts import raises, unchanged
-from tests._tasks import CLASSES, INPUTS, assert_close, explicit_fisher, make, make_model, make_task
+from tests.support.asserts import raises, unchanged
+from tests.support.tasks import (
+    CLASSES,
+    INPUTS,
+    assert_close,
+    explicit_fisher,
+    make,
+    make_model,
+    make_task,
+)
 
 
 def refused(kind, batches, *parts, error=ValueError, options=None, **arguments):

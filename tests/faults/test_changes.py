@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ewc import EWC, Classification, OnlineEWC
-from tests._asserts import raises, unchanged
-from tests._tasks import (
+from tests.support.asserts import raises, unchanged
+from tests.support.tasks import (
     CLASSES,
     INPUTS,
     as_task,

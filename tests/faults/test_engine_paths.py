@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ewc import Classification, SlowPathWarning, ZeroFisherWarning
 from tests import architectures
-from tests._asserts import raises, unchanged
-from tests._tasks import (
+from tests.support.asserts import raises, unchanged
+from tests.support.tasks import (
     CLASSES,
     INPUTS,
     assert_close,

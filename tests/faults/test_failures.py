@@ -11,8 +11,8 @@ from torch import nn
 
 from ewc import EWC, Classification, Custom, Likelihood, ZeroFisherWarning
 from ewc.model.guard import Guard
-from tests._asserts import fails_at, raises, unchanged
-from tests._tasks import CLASSES, INPUTS, make, make_model, make_task
+from tests.support.asserts import fails_at, raises, unchanged
+from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task
 
 ERRORS = pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt("stop")])
 

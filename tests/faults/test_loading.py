@@ -12,8 +12,17 @@ from torch import nn
 
 import ewc as package
 from ewc import Classification, NothingProtectedWarning, OnlineEWC
-from tests._asserts import raises, unchanged
-from tests._tasks import CLASSES, as_task, make, make_model, make_task, same, same_state, shift
+from tests.support.asserts import raises, unchanged
+from tests.support.tasks import (
+    CLASSES,
+    as_task,
+    make,
+    make_model,
+    make_task,
+    same,
+    same_state,
+    shift,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from ewc import EWC, Classification, OnlineEWC
-from tests._tasks import CLASSES, INPUTS, make, make_model, make_task, shift
+from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task, shift
 
 
 def tensors():

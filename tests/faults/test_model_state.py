@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ewc import Classification
-from tests._asserts import unchanged
-from tests._tasks import (
+from tests.support.asserts import unchanged
+from tests.support.tasks import (
     CLASSES,
     INPUTS,
     assert_close,

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from ewc import Classification
-from tests._tasks import INPUTS, make, make_model, make_task, shift
+from tests.support.tasks import INPUTS, make, make_model, make_task, shift
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ewc import Classification, OnlineEWC
-from tests._asserts import raises
-from tests._tasks import (
+from tests.support.asserts import raises
+from tests.support.tasks import (
     CLASSES,
     as_task,
     assert_close,

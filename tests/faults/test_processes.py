@@ -8,7 +8,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ewc import Classification
-from tests._tasks import assert_close, explicit_fisher, make_model, make_task
+from tests.support.tasks import assert_close, explicit_fisher, make_model, make_task
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ewc import EWC, Classification, OnlineEWC
-from tests._asserts import raises
-from tests._tasks import (
+from tests.support.asserts import raises
+from tests.support.tasks import (
     CLASSES,
     as_task,
     grow,

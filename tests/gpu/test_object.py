@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ewc import EWC, Classification, OnlineEWC
-from tests._tasks import as_task, make_model, make_task, shift, written_out
 from tests.gpu.support import (
     DEVICE,
     assert_near,
@@ -20,6 +19,7 @@ from tests.gpu.support import (
     synchronisations,
     tf32,
 )
+from tests.support.tasks import as_task, make_model, make_task, shift, written_out
 
 pytestmark = needs_gpu
 KINDS = pytest.mark.parametrize("kind", [EWC, OnlineEWC])

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ewc import EWC, Classification
 from ewc.processes.ranks import Ranks
-from tests._tasks import make_model, make_task, shift
 from tests.gpu.support import DEVICE, REHEARSAL, assert_near, move, needs_gpu, on_device
+from tests.support.tasks import make_model, make_task, shift
 
 pytestmark = needs_gpu
 

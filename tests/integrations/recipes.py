@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ewc import EWC
 from ewc.model.names import find, named_parameters, unwrap
-from tests._tasks import same
+from tests.support.tasks import same
 from tests.test_docs import blocks
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes"

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ewc import EWC, Classification
-from tests._tasks import same
 from tests.integrations.recipes import Contract, recipe
+from tests.support.tasks import same
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from ewc import EWC, Classification
-from tests._tasks import same
 from tests.integrations.recipes import Contract, recipe
+from tests.support.tasks import same
 
 pytest.importorskip("lightning")
 

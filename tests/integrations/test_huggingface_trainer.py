@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc import EWC, Classification
-from tests._tasks import same
 from tests.integrations.recipes import (
     Contract,
     assert_close,
@@ -22,6 +21,7 @@ from tests.integrations.recipes import (
     recorded,
     written_out,
 )
+from tests.support.tasks import same
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")  # without it, the Trainer refuses

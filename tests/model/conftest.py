@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from tests._tasks import make_model
+from tests.support.tasks import make_model
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ewc import EWC, Classification, NothingProtectedWarning, OnlineEWC
-from tests._tasks import (
+from tests.support.tasks import (
     CLASSES,
     INPUTS,
     make_ewc,
