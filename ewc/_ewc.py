@@ -1,7 +1,7 @@
-"""`EWC`: the object that users hold; it connects the Fisher estimate, the state and the penalty.
+"""`EWC`, the object that users hold: it connects Fisher estimate, state and penalty.
 
-The Fisher is computed in `ewc.fisher`, and accumulated in `ewc.quadratic`. Here a consolidation
-commits both or neither, and every other method reads the state that it left.
+The Fisher is computed in `ewc.fisher` and accumulated in `ewc.quadratic`. A consolidation commits a
+new state, or nothing; all other methods read the state.
 """
 
 import copy
@@ -12,22 +12,23 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ewc._checks import check_initialised, check_materialised, choice, number, positive_int
+from ewc._checks import choice, number, positive_int
 from ewc._options import FisherType, Reduction
-from ewc._summary import Summary, measure
+from ewc._summary import Summary
 from ewc._task import Estimate, Task, check_forward, check_likelihood, checked_task
 from ewc.data.calling import Forward
 from ewc.likelihoods import Likelihood
-from ewc.model.names import find, in_order, named_parameters, nearest, unwrap
+from ewc.model.names import find, named_parameters, unwrap
 from ewc.model.randomness import Randomness
-from ewc.model.selection import select
+from ewc.model.selection import check_released, collectable, select, trainable
 from ewc.processes.groups import ranks_of, wrapper_group
 from ewc.processes.layout import has_sharded_parameters
 from ewc.processes.ranks import SINGLE_PROCESS, Ranks
+from ewc.quadratic.accumulation import Accumulation
 from ewc.quadratic.binding import Binding, traced_penalty
 from ewc.quadratic.checkpoint import dump, restore
 from ewc.quadratic.penalty import result_dtype
-from ewc.quadratic.quadratic import Quadratic, snapshot
+from ewc.quadratic.quadratic import Quadratic
 from ewc.quadratic.state import State, check_finite, check_fit
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ class EWC:
         self._chosen = None if parameters is None else select(model, parameters)
         self._state = State()
         self._binding: Binding | None = None
-        self._checked_trainable()
+        self._accumulation = Accumulation()
+        collectable(self._model, self._chosen)
 
     @property
     def strength(self) -> float:
@@ -156,11 +158,12 @@ class EWC:
         if not self._state.quadratics:
             return self._zero()
         if torch.compiler.is_compiling():
-            return traced_penalty(self._model, self._state, self._precision, self._strength)
+            precision = self._accumulation.precision
+            return traced_penalty(self._model, self._state, precision, self._strength)
         if self._binding is None or not self._binding.is_current(self._state):
             self._check_fit()
             with torch.inference_mode(False), torch.no_grad():
-                self._binding = Binding(self._model, self._state, self._precision)
+                self._binding = Binding(self._model, self._state, self._accumulation.precision)
             self._state = self._binding.state
         return self._binding.penalty(self._strength)
 
@@ -218,7 +221,14 @@ class EWC:
             parameters = self._agreed_parameters(task, ranks)
             randomness = Randomness(parameter.device for parameter in parameters.values())
             with randomness.unchanged_on_failure(generator):
-                estimate = self._estimate(task, parameters, ranks)
+                estimate = task.estimate(
+                    self._model,
+                    parameters,
+                    fisher_type=self._fisher_type,
+                    reduction=self._reduction,
+                    max_samples=self._max_samples,
+                    ranks=ranks,
+                )
                 binding, summary = self._consolidated(parameters, estimate)
                 estimate.warn(self._state)
                 ranks.barrier("the end")
@@ -237,17 +247,8 @@ class EWC:
             TypeError: There is no name, or one is not a string.
             ValueError: A name is unknown.
         """
-        if not names or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"forget takes one or more names of parameters; found {names!r}.")
         chosen = self._chosen or ()
-        known = [*self._state.quadratics, *chosen, *named_parameters(self._model)]
-        unknown = [f"{name!r} ({nearest(name, known)})" for name in names if name not in known]
-        if unknown:
-            raise ValueError(
-                "forget takes the names of protected parameters; found unknown ones: "
-                + "; ".join(unknown)
-                + "."
-            )
+        check_released(names, [*self._state.quadratics, *chosen, *named_parameters(self._model)])
         kept = {name: q for name, q in self._state.quadratics.items() if name not in names}
         if self._chosen is not None:
             # A released name that is gone from the model can never be collected again.
@@ -270,7 +271,13 @@ class EWC:
         """
         self._check_fit()
         with torch.inference_mode(False), torch.no_grad():
-            return dump(self._state, self._protected(), self._configuration(), full=full)
+            return dump(
+                self._state,
+                model=self._model,
+                trainable=self._trainable(),
+                configuration=self._configuration(),
+                full=full,
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the state by that of another object, on the devices of this model.
@@ -297,7 +304,7 @@ class EWC:
             restored = restore(
                 state,
                 model=self._model,
-                protected=self._trainable(),
+                trainable=self._trainable(),
                 configuration=self._configuration(),
                 ranks=ranks,
             )
@@ -324,34 +331,19 @@ class EWC:
         other._process_group = self._process_group
         return other
 
-    # What OnlineEWC overrides.
-
     def _configuration(self) -> dict[str, Any]:
         """The options that give the numbers in a state their meaning."""
         return {
             "kind": self._kind,
             "fisher_type": self._fisher_type,
             "reduction": self._reduction,
+            **self._accumulation.configuration(),
         }
 
-    def _updated(self, old: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
-        """The quadratic of a parameter that this task has collected; `old` is that before."""
-        return Quadratic(fisher, anchor) if old is None else old.plus(fisher, anchor)
-
-    def _not_collected(self, old: Quadratic) -> Quadratic:
-        """The quadratic of a parameter that this task has not collected."""
-        return old
-
-    def _precision(self, name: str, quadratic: Quadratic) -> Tensor:
-        """The curvature of the penalty, before `strength`."""
-        return quadratic.fisher
-
-    # The steps of a consolidation.
-
     def _agreed_parameters(self, task: Task, ranks: Ranks) -> dict[str, nn.Parameter]:
-        """The parameters to collect; model, options and task are the same on all processes."""
+        """The parameters to collect, once all processes agree on them and on the options."""
         self._check_fit()
-        parameters = self._checked_trainable()
+        parameters = collectable(self._model, self._chosen)
         configuration = self._configuration()
         ranks.agree(
             {
@@ -365,88 +357,30 @@ class EWC:
         )
         return parameters
 
-    def _estimate(
-        self, task: Task, parameters: Mapping[str, nn.Parameter], ranks: Ranks
-    ) -> Estimate:
-        """The Fisher estimate of a task."""
-        return task.estimate(
-            self._model,
-            parameters,
-            fisher_type=self._fisher_type,
-            reduction=self._reduction,
-            max_samples=self._max_samples,
-            ranks=ranks,
-        )
-
     def _consolidated(
         self, parameters: Mapping[str, nn.Parameter], estimate: Estimate
     ) -> tuple[Binding, Summary]:
-        """The state that includes one more task, bound to the model, and what to report of it."""
-        squares = estimate.squares
+        """The state after one more task, bound to the model; and the summary."""
+        old = self._state
         with torch.inference_mode(False), torch.no_grad():
-            quadratics = self._next_quadratics(parameters, estimate.fisher)
+            quadratics = self._accumulation.next_quadratics(
+                self._model, old.quadratics, parameters, estimate.fisher
+            )
             check_finite(quadratics, self._reduction)
             state = State(
                 quadratics,
-                self._state.n_tasks + 1,
-                self._state.warned.union(estimate.zero),
-                self._state.warned_slow or squares.slow,
+                old.n_tasks + 1,
+                old.warned.union(estimate.zero),
+                old.warned_slow or estimate.squares.slow,
             )
-            binding = Binding(self._model, state, self._precision)
-            summary = Summary(
-                n_tasks=state.n_tasks,
-                samples=squares.samples,
-                parameters=measure(binding.precisions),
-                paths=dict(squares.paths),
-                reasons=dict(squares.reasons),
-            )
-        return binding, summary
-
-    def _next_quadratics(
-        self, parameters: Mapping[str, nn.Parameter], fisher: Mapping[str, Tensor]
-    ) -> dict[str, Quadratic]:
-        quadratics = {}
-        for name in in_order(self._model, [*self._state.quadratics, *parameters]):
-            old = self._state.quadratics.get(name)
-            if name in parameters:
-                parameter = parameters[name]
-                old = None if old is None else old.like(parameter)
-                quadratics[name] = self._updated(old, fisher[name], snapshot(parameter))
-            elif old is not None:
-                quadratics[name] = self._not_collected(old)
-        return quadratics
-
-    # The parameters, as they are now.
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that a consolidation would collect now."""
-        candidates = named_parameters(self._model)
-        if self._chosen is not None:
-            found = [find(self._model, name) for name in self._chosen]
-            chosen = {id(parameter) for parameter in found}  # some may have been tied since
-            candidates = {name: p for name, p in candidates.items() if id(p) in chosen}
-        return {name: p for name, p in candidates.items() if p.requires_grad}
-
-    def _checked_trainable(self) -> dict[str, nn.Parameter]:
-        """`_trainable`, if there are any and the model can be run."""
-        trainable = self._trainable()
-        if not trainable:
-            raise ValueError(
-                "There must be a parameter to protect; found none with requires_grad among "
-                f"{'the names given' if self._chosen is not None else 'those of the model'}."
-            )
-        check_materialised(trainable.items())
-        check_initialised(named_parameters(self._model).items())
-        return trainable
-
-    def _protected(self) -> dict[str, nn.Parameter]:
-        """The parameters that have a quadratic, or that the next consolidation would give one."""
-        names = in_order(self._model, [*self._state.quadratics, *self._trainable()])
-        found = {name: find(self._model, name) for name in names}
-        return {name: p for name, p in found.items() if p is not None}
+            binding = Binding(self._model, state, self._accumulation.precision)
+            return binding, estimate.summary(state.n_tasks, binding.precisions)
 
     def _check_fit(self) -> None:
         check_fit(self._model, self._state, self._chosen or ())
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return trainable(self._model, self._chosen)
 
     def _zero(self) -> Tensor:
         parameters = list(self._trainable().values()) or list(self._model.parameters())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from ewc._checks import number
 from ewc._ewc import EWC
@@ -19,6 +20,7 @@ from ewc.errors import NothingProtectedWarning
 from ewc.likelihoods import Likelihood
 from ewc.model.names import find, named_parameters, nearest
 from ewc.processes.layout import with_layout_of
+from ewc.quadratic.accumulation import Accumulation
 from ewc.quadratic.quadratic import Quadratic
 
 if TYPE_CHECKING:
@@ -96,42 +98,54 @@ class OnlineEWC(EWC):
             max_samples=max_samples,
             process_group=process_group,
         )
-        self._decay = number("decay", decay, high=1.0)
-        self._prior: float | dict[str, Tensor]
+        decay = number("decay", decay, high=1.0)
+        prior: float | dict[str, Tensor]
         if isinstance(prior_precision, Mapping):
-            self._prior = _checked_priors(prior_precision, self._model)
+            prior = _checked_priors(prior_precision, self._model)
         else:
-            self._prior = number("prior_precision", prior_precision)
-        if self._decay == 0 and not self._prior:
+            prior = number("prior_precision", prior_precision)
+        if decay == 0 and not prior:
             warnings.warn(
                 "decay must be > 0 without a prior_precision; found 0, which makes every "
                 "penalty 0. Fix: pass a decay > 0, or a prior_precision.",
                 NothingProtectedWarning,
                 stacklevel=2,
             )
+        self._accumulation = DecayedAccumulation(decay, prior)
 
-    def _configuration(self) -> dict[str, Any]:
+
+class DecayedAccumulation(Accumulation):
+    """The decayed sum of Fishers around the latest anchor, and a prior.
+
+    Args:
+        decay: gamma.
+        prior: The precision of the prior: a number for all parameters, or a tensor by name.
+    """
+
+    def __init__(self, decay: float, prior: float | dict[str, Tensor]) -> None:
+        self._decay = decay
+        self._prior = prior
+
+    @override
+    def configuration(self) -> dict[str, Any]:
         prior = self._prior
-        return {
-            **super()._configuration(),
-            "decay": self._decay,
-            "prior_precision": (
-                {name: one.clone() for name, one in prior.items()}
-                if isinstance(prior, dict)
-                else prior
-            ),
-        }
+        if isinstance(prior, dict):
+            prior = {name: one.clone() for name, one in prior.items()}
+        return {"decay": self._decay, "prior_precision": prior}
 
-    def _updated(self, old: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
+    @override
+    def updated(self, old: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
         if old is None:
             return Quadratic(fisher, anchor)
         anchor = anchor.to(old.anchor.dtype)  # never narrowed
         return Quadratic(fisher + self._decay * old.grown(anchor).fisher, anchor)
 
-    def _not_collected(self, old: Quadratic) -> Quadratic:
+    @override
+    def not_collected(self, old: Quadratic) -> Quadratic:
         return Quadratic(self._decay * old.fisher, old.anchor)
 
-    def _precision(self, name: str, quadratic: Quadratic) -> Tensor:
+    @override
+    def precision(self, name: str, quadratic: Quadratic) -> Tensor:
         fisher = quadratic.fisher if self._decay == 1 else self._decay * quadratic.fisher
         if not isinstance(self._prior, dict):
             return fisher + self._prior if self._prior else fisher

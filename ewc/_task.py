@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ewc._checks import positive_int
 from ewc._options import FisherType, Reduction
+from ewc._summary import Summary, measure
 from ewc.data.calling import Forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning
 from ewc.fisher import Squares, collect
@@ -50,6 +51,22 @@ class Estimate:
                 warnings.warn(self._zero_message(name), ZeroFisherWarning, stacklevel=3)
         if self.squares.slow and not state.warned_slow:
             warnings.warn(self._slow_message(), SlowPathWarning, stacklevel=3)
+
+    def summary(self, n_tasks: int, precisions: Mapping[str, Tensor]) -> Summary:
+        """The summary of the consolidation.
+
+        Args:
+            n_tasks: The number of tasks, this one included.
+            precisions: The curvature of the penalty after it, by name. A collective, if some are
+                sharded.
+        """
+        return Summary(
+            n_tasks=n_tasks,
+            samples=self.squares.samples,
+            parameters=measure(precisions),
+            paths=dict(self.squares.paths),
+            reasons=dict(self.squares.reasons),
+        )
 
     def _zero_message(self, name: str) -> str:
         reason = (

@@ -1,9 +1,10 @@
-"""The argument `parameters`: which parameters of a model are protected."""
+"""Which parameters of a model are protected: the argument `parameters`, and what it selects now."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from ewc._checks import check_initialised, check_materialised
 from ewc.model.names import find, named_parameters, nearest, unwrap
 
 
@@ -63,6 +64,58 @@ def select(
             "Fix: take names or pairs from model.named_parameters(), without the frozen ones."
         )
     return tuple(name for name in canonical if name in chosen)
+
+
+def trainable(model: nn.Module, selected: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient now, by canonical name.
+
+    Args:
+        model: The unwrapped model.
+        selected: The names to choose from; None for all.
+    """
+    candidates = named_parameters(model)
+    if selected is not None:
+        found = {id(find(model, name)) for name in selected}  # some may have been tied since
+        candidates = {name: p for name, p in candidates.items() if id(p) in found}
+    return {name: p for name, p in candidates.items() if p.requires_grad}
+
+
+def collectable(model: nn.Module, selected: Collection[str] | None) -> dict[str, nn.Parameter]:
+    """`trainable`, if there are any and the model can be run.
+
+    Raises:
+        ValueError: There are none, or parameters are lazy or have no values.
+    """
+    parameters = trainable(model, selected)
+    if not parameters:
+        raise ValueError(
+            "There must be a parameter to protect; found none with requires_grad among "
+            f"{'those of the model' if selected is None else 'the names given'}."
+        )
+    check_materialised(parameters.items())
+    check_initialised(named_parameters(model).items())
+    return parameters
+
+
+def check_released(names: Sequence[object], known: Collection[str]) -> None:
+    """Refuse names that `forget` cannot release.
+
+    Raises:
+        TypeError: There is no name, or one is not a string.
+        ValueError: Names are not among the `known` ones; all of them are listed.
+    """
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"forget takes one or more names of parameters; found {names!r}.")
+    unknown = [
+        f"{name!r} ({nearest(name, known)})"
+        for name in names
+        if isinstance(name, str) and name not in known
+    ]
+    if unknown:
+        raise ValueError(
+            "forget takes the names of protected parameters; found unknown ones: "
+            f"{'; '.join(unknown)}."
+        )
 
 
 def _split_item(item: object) -> tuple[str, Tensor | None]:

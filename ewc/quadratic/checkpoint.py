@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ewc.errors import NothingProtectedWarning
-from ewc.model.names import in_order
+from ewc.model.names import find, in_order
 from ewc.processes.layout import full_tensor
 from ewc.processes.ranks import Ranks
 from ewc.quadratic.quadratic import Quadratic, curvature_dtype, n_rows, snapshot
@@ -24,27 +24,31 @@ from ewc.quadratic.validation import VERSION, Reader
 
 def dump(
     state: State,
-    parameters: Mapping[str, nn.Parameter],
-    configuration: Mapping[str, Any],
     *,
+    model: nn.Module,
+    trainable: Mapping[str, nn.Parameter],
+    configuration: Mapping[str, Any],
     full: bool,
 ) -> dict[str, Any]:
     """The state as nested dicts of plain values and tensors, which are copies.
 
-    Every one of `parameters` has entries of its present shape. Rows without a quadratic (all rows
-    in a fresh object, the new ones of a head that has grown) have a Fisher of 0, their present
-    values as anchor, and are counted in `free_rows`.
+    Every parameter that has a quadratic, or is trainable, has entries of its present shape. Rows
+    without a quadratic (all rows in a fresh object, the new ones of a head that has grown) have a
+    Fisher of 0, their present values as anchor, and are counted in `free_rows`.
 
     Args:
         state: What was consolidated.
-        parameters: The parameters that have a quadratic, or that the next consolidation would
-            give one, by canonical name.
+        model: The unwrapped model.
+        trainable: The parameters that a consolidation would collect now.
         configuration: The options of the object that give the numbers their meaning.
         full: Full tensors instead of sharded ones.
     """
     quadratics = {}
     free_rows = {}
-    for name, parameter in parameters.items():
+    for name in in_order(model, [*state.quadratics, *trainable]):
+        parameter = find(model, name)
+        if parameter is None:
+            continue
         quadratic = state.quadratics.get(name)
         present = snapshot(parameter)
         if quadratic is None:
@@ -72,7 +76,7 @@ def restore(
     saved: object,
     *,
     model: nn.Module,
-    protected: Mapping[str, nn.Parameter],
+    trainable: Mapping[str, nn.Parameter],
     configuration: Mapping[str, Any],
     ranks: Ranks,
 ) -> State:
@@ -81,7 +85,7 @@ def restore(
     Args:
         saved: What was loaded from the checkpoint.
         model: The unwrapped model.
-        protected: The parameters that a consolidation would collect now.
+        trainable: The parameters that a consolidation would collect now.
         configuration: The options of the object, which must be those of the state.
         ranks: The processes that load together, if parameters are sharded.
 
@@ -109,7 +113,7 @@ def restore(
     quadratics = {name: one.like(reader.parameters[name]) for name, one in found.items()}
     uncovered = [
         *reader.grown,
-        *(f"{name!r} is not in the state" for name in protected if name not in reader.names),
+        *(f"{name!r} is not in the state" for name in trainable if name not in reader.names),
     ]
     if not quadratics:
         warnings.warn(

@@ -235,11 +235,11 @@ def test_row_17_a_stop_iteration_ends_no_loop_of_ours(kind, place):
     "step",
     [
         "_task.collect",
-        "_ewc.snapshot",
-        "_ewc.in_order",
+        "quadratic.accumulation.snapshot",
+        "quadratic.accumulation.in_order",
         "_ewc.State",
         "_ewc.Binding",
-        "_ewc.measure",
+        "_task.measure",
     ],
 )
 def test_row_17a_an_error_while_committing(kind, monkeypatch, error, step):
