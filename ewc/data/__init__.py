@@ -1,1 +1,1 @@
-"""A batch, taken apart into samples, and what a model makes of it: from batch to outputs."""
+"""Batches: read from a loader, cut into samples, and passed to the model."""

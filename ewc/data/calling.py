@@ -1,4 +1,4 @@
-"""How a model is called on a raw batch, and what the likelihood gets of it."""
+"""How a model is called on a batch, and what the likelihood gets from the batch."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from ewc.data.structures import describe, holds_tensors
 from ewc.errors import InvalidBatch
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
-"""`forward(model, batch) -> outputs`, the whole batch in hand."""
+"""`forward(model, batch) -> outputs`, for the loader's batch or any part of it, also in `vmap`."""
 
 _LABELS = "labels"
 
@@ -18,20 +18,21 @@ _LABELS = "labels"
 def apply(
     model: nn.Module, raw: Any, forward: Forward | None = None
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Run a model on a raw batch.
+    """Run a model on a batch.
 
     Args:
         model: The model.
-        raw: A batch, or `Batch.raw`, or what `Batch.of_one` returned.
-        forward: `forward(model, batch) -> outputs`. Without it: `model(inputs)`; `model(*inputs)`
-            for a list or tuple; `model(**inputs)` for a mapping, and for a batch that is itself a
-            mapping, without its `labels`. A list of one object per sample is one argument.
+        raw: The batch in the loader's structure.
+        forward: `forward(model, batch) -> outputs`. If it is None, the model is called:
+            `model(*inputs)` for a list or tuple of inputs; `model(**inputs)` for a mapping, and
+            for a batch that is itself a mapping, without its `labels`; else `model(inputs)`, also
+            for a list of one object per sample.
 
     Returns:
-        The outputs, or their `.logits` where they have them, and what follows the inputs.
+        The outputs, or their `.logits` if they have any, and `rest`: what follows the inputs.
 
     Raises:
-        InvalidBatch: The batch has another number of inputs than the model's `forward` takes.
+        InvalidBatch: The inputs do not match the arguments of the model's `forward`.
     """
     inputs, rest = split_inputs(raw)
     if forward is not None:
@@ -49,17 +50,17 @@ def apply(
             if _accepts(model, arguments, keywords):
                 raise
             raise InvalidBatch(
-                "without a forward, the inputs of a batch are the arguments of "
+                "without a forward, the inputs of a batch must match the arguments of "
                 f"{type(model).__name__}.forward{_signature(model)}; found the batch "
-                f"{describe(raw)}. Mend: yield (inputs, *rest) with inputs to match, or pass a "
-                f"forward:\n{forward_to_write(raw)}"
+                f"{describe(raw)}. Fix: yield (inputs, *rest) with matching inputs, or pass a "
+                f"forward:\n{forward_template(raw)}"
             ) from error
     logits = getattr(outputs, "logits", None)
     return (outputs if logits is None else logits), rest
 
 
 def split_inputs(raw: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The inputs of a raw batch, and the rest: what the likelihood is called with."""
+    """Split a batch into the model's inputs and `rest`, which the likelihood is called with."""
     if isinstance(raw, Mapping):
         inputs = {key: value for key, value in raw.items() if key != _LABELS}
         return inputs, ((raw[_LABELS],) if _LABELS in raw else ())
@@ -68,8 +69,8 @@ def split_inputs(raw: Any) -> tuple[Any, tuple[Any, ...]]:
     return raw, ()
 
 
-def forward_to_write(raw: Any) -> str:
-    """A template of the `forward` that reads this batch."""
+def forward_template(raw: Any) -> str:
+    """The code of a `forward` that reads this batch, for an error that asks for one."""
     take = "        ...  # take the model's inputs out of batch\n"
     call = "        return model(inputs)"
     if isinstance(raw, Mapping) and raw:
@@ -88,7 +89,7 @@ def _signature(model: nn.Module) -> inspect.Signature | str:
 
 
 def _accepts(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
-    """Whether the model can be called like that, so that a TypeError came from inside it."""
+    """Whether the model's `forward` takes these arguments; then a TypeError came from inside it."""
     signature = _signature(model)
     if isinstance(signature, str):
         return True

@@ -1,6 +1,6 @@
-"""Finds the samples in a batch of any structure, as a loader yields it."""
+"""Reads a batch as a loader yields it: finds its leaves, and the number of samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,57 +8,88 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ewc.data.calling import forward_to_write
+from ewc.data.calling import forward_template
 from ewc.data.structures import describe, holds_tensors, is_scalar, rebuild
 from ewc.errors import InvalidBatch
 
-_READABLE = (
-    "a batch is a list or tuple (inputs, *rest), a mapping (its 'labels' are the targets) or one "
-    "tensor; in it may be tensors, plain scalars, lists of one object per sample, and lists, "
-    "tuples and mappings of these"
+_RULE = (
+    "a batch must be a list or tuple (inputs, *rest), a mapping (with the targets as 'labels') or "
+    "one tensor, made of tensors, plain scalars, lists of one object per sample, and lists, tuples "
+    "and mappings of these"
 )
 
 
 @dataclass(frozen=True)
 class Slot:
-    """In the structure of a batch, the place of a leaf: which one it is."""
+    """The placeholder of a leaf in the structure of a batch.
+
+    Attributes:
+        index: The index of the leaf.
+    """
 
     index: int
 
 
 class Reader:
-    """Walks a raw batch: collects the leaves that are split, and what names them in errors."""
+    """Separates a batch into its structure and the leaves that are split into samples.
+
+    Args:
+        batch_dim: The dimension of the samples in tensors of two dimensions or more.
+        device: Where the tensors are moved.
+
+    Attributes:
+        leaves: The leaves that are split: tensors, and lists or tuples of one object per sample.
+        dims: For each leaf the dimension of the samples.
+        size: The number of samples.
+    """
 
     def __init__(self, batch_dim: int, device: torch.device) -> None:
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(
-                "a likelihood's batch_dim is the index of the dimension that holds the samples, "
-                f"an integer >= 0; found {batch_dim!r}."
+                f"a likelihood's batch_dim must be an integer >= 0; found {batch_dim!r}. Fix: the "
+                "index of the dimension that holds the samples."
             )
-        self.batch_dim = batch_dim
-        self.device = device
         self.leaves: list[Tensor | Sequence[Any]] = []
         self.dims: list[int] = []
-        self.paths: list[str] = []
+        self.size = 0
+        self._batch_dim = batch_dim
+        self._device = device
+        self._paths: list[str] = []  # for each leaf the expression that an error names it by
 
-    def read(self, raw: Any, targets_required: bool) -> Any:
-        """Turn a batch into its structure."""
-        if not isinstance(raw, (Tensor, list, tuple, Mapping)) or _is_empty(raw):
+    def read(self, raw: Any, *, targets_required: bool) -> Any:
+        """Read a batch into `leaves`, `dims` and `size`.
+
+        Args:
+            raw: The batch as the loader yielded it.
+            targets_required: Whether a bare tensor, which has no targets, is an error.
+
+        Returns:
+            The structure: the batch with a `Slot` in place of each leaf. What all samples share
+            stays in it.
+
+        Raises:
+            InvalidBatch: See `Batch.read`.
+        """
+        if not isinstance(raw, (Tensor, list, tuple, Mapping)) or (
+            not isinstance(raw, Tensor) and len(raw) == 0
+        ):
             raise InvalidBatch(
-                f"{_READABLE}; found {describe(raw)}. Mend: let the loader (its collate_fn, or a "
-                "generator around it) yield such a batch, and put the object that the model wants "
-                f"together again in a forward:\n{forward_to_write(raw)}"
+                f"{_RULE}; found {describe(raw)}. Fix: let the loader (its collate_fn, or a "
+                "generator around it) yield such a batch, and build the object that the model "
+                f"takes in a forward:\n{forward_template(raw)}"
             )
         if isinstance(raw, Tensor) and targets_required:
             raise InvalidBatch(
-                'fisher_type="empirical" needs the targets in the data; found a batch that is one '
-                f"bare tensor, {describe(raw)}. Mend: yield (inputs, targets), or take "
-                'fisher_type="exact" or "mc", which need none.'
+                'a batch must hold targets for fisher_type="empirical"; found one bare tensor, '
+                f"{describe(raw)}. Fix: yield (inputs, targets), or choose "
+                'fisher_type="exact" or "mc", which need no targets.'
             )
-        return self._read(raw, "batch", is_batch=True)
+        structure = self._read(raw, "batch", is_batch=True)
+        self.size = self._common_size(raw)
+        return structure
 
-    def agreed_size(self, raw: Any) -> int:
-        """The number of samples, on which all leaves must agree."""
+    def _common_size(self, raw: Any) -> int:
+        """The number of samples, which must be the same in all leaves."""
         sizes = [
             leaf.shape[dim] if isinstance(leaf, Tensor) else len(leaf)
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
@@ -66,96 +97,93 @@ class Reader:
         if not sizes:
             raise InvalidBatch(
                 "a batch must hold at least one tensor with a dimension of samples; found "
-                f"{describe(raw)}. Mend: stack the samples (torch.stack) in the loader."
+                f"{describe(raw)}. Fix: stack the samples (torch.stack) in the loader."
             )
         if len(set(sizes)) > 1:
             found = "".join(
                 f"\n    {path}: {size} in {describe(leaf)}"
                 + (f" along dimension {dim}" if isinstance(leaf, Tensor) else "")
                 for path, size, leaf, dim in zip(
-                    self.paths, sizes, self.leaves, self.dims, strict=True
+                    self._paths, sizes, self.leaves, self.dims, strict=True
                 )
             )
             raise InvalidBatch(
-                f"everything in a batch must hold the same number of samples; found{found}\n"
-                "Mend: give each of them one entry per sample (along the likelihood's batch_dim, "
-                f"{self.batch_dim}; along 0 if it has one dimension). What all samples share is a "
-                "tensor of no dimension or a plain scalar, or belongs into forward."
+                f"all parts of a batch must hold the same number of samples; found{found}\n"
+                "Fix: one entry per sample in each of them (along the likelihood's batch_dim, "
+                f"{self._batch_dim}; along 0 if there is one dimension). A value that all samples "
+                "share must be a tensor of no dimension or a plain scalar, or be used in forward."
             )
         return sizes[0]
 
     def _read(self, value: Any, path: str, *, is_batch: bool = False) -> Any:
-        """Turn a value into its structure: slots for what is split, the value for the shared."""
+        """The structure of `value`; its leaves are appended to `leaves`."""
         if isinstance(value, PackedSequence):
             raise InvalidBatch(
-                f"the samples of a batch must be in dimensions; found a PackedSequence at {path}. "
-                "Mend: pass the padded tensor and its lengths, and pack in forward:\n"
+                "the samples of a batch must lie along a dimension of its tensors; found a "
+                f"PackedSequence at {path}. Fix: pass the padded tensor and its lengths, and pack "
+                "in forward:\n"
                 "    def forward(model, batch):\n"
                 "        padded, targets, lengths = batch\n"
                 "        return model(pack_padded_sequence(padded, lengths.cpu(), "
                 "enforce_sorted=False))"
             )
         if isinstance(value, Tensor):
-            return self._tensor(value, path)
-        if isinstance(value, Mapping):
-            return rebuild(
-                value, [self._read(item, _under(path, key)) for key, item in value.items()]
-            )
-        if isinstance(value, (list, tuple)):
-            if is_batch or not value or holds_tensors(value):
-                return rebuild(
-                    value, [self._read(item, f"{path}[{i}]") for i, item in enumerate(value)]
-                )
-            return self._slot(value, 0, path)
+            return self._read_tensor(value, path)
+        if isinstance(value, (Mapping, list, tuple)):
+            keyed: Iterable[tuple[Any, Any]] = enumerate(value)
+            if isinstance(value, Mapping):
+                keyed = value.items()
+            elif value and not is_batch and not holds_tensors(value):
+                return self._slot(value, 0, path)
+            return rebuild(value, [self._read(item, _path(path, key)) for key, item in keyed])
         if is_scalar(value):
             return value
         raise InvalidBatch(
-            f"{_READABLE}; found {type(value).__name__} at {path}. Mend: let the loader yield its "
-            "tensors (torch.as_tensor for an array), or a list of one such object per sample, and "
-            "put together in forward what the model wants:\n"
+            f"{_RULE}; found {type(value).__name__} at {path}. Fix: let the loader yield tensors "
+            "(torch.as_tensor for an array), or a list of one such object per sample, and build "
+            "what the model takes in a forward:\n"
             "    def forward(model, batch):\n"
             f"        return model(make_{type(value).__name__.lower()}({path}))"
         )
 
-    def _tensor(self, tensor: Tensor, path: str) -> Any:
+    def _read_tensor(self, tensor: Tensor, path: str) -> Any:
         if tensor.is_nested or tensor.layout is not torch.strided:
             kind = "nested" if tensor.is_nested else str(tensor.layout)
             raise InvalidBatch(
-                f"the tensors of a batch must be dense; found a tensor of kind {kind} at {path}. "
-                "Mend: pass it dense (padded, with its lengths), and convert it in forward."
+                f"the tensors of a batch must be dense; found one that is {kind} at {path}. "
+                "Fix: pass a dense tensor (padded, with its lengths), and convert it in forward."
             )
-        if tensor.dim() > 1 and self.batch_dim >= tensor.dim():
+        if tensor.dim() > 1 and self._batch_dim >= tensor.dim():
             raise InvalidBatch(
-                "tensors of two dimensions or more must have the dimension that holds the "
-                f"samples, here {self.batch_dim}; found {describe(tensor)} at {path}. Mend: "
-                "the likelihood's batch_dim, or the shape."
+                "tensors of two dimensions or more must have the dimension of the samples, the "
+                f"likelihood's batch_dim, here {self._batch_dim}; found {describe(tensor)} at "
+                f"{path}. Fix: another batch_dim, or another shape."
             )
-        owned = _own(tensor, self.device)
+        moved = _moved(tensor, self._device)
         if tensor.dim() == 0:
-            return owned
-        return self._slot(owned, self.batch_dim if tensor.dim() > 1 else 0, path)
+            return moved
+        return self._slot(moved, self._batch_dim if tensor.dim() > 1 else 0, path)
 
     def _slot(self, leaf: Tensor | Sequence[Any], dim: int, path: str) -> Slot:
+        """Append a leaf."""
         self.leaves.append(leaf)
         self.dims.append(dim)
-        self.paths.append(path)
+        self._paths.append(path)
         return Slot(len(self.leaves) - 1)
 
 
-def _own(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, cut off from the user's graph, usable in autograd."""
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, outside the user's graph, and no inference tensor."""
     with torch.inference_mode(False):
-        # Only from pinned memory: an asynchronous copy to the CPU may be read before it arrives.
+        # A copy to the CPU that does not block may be read before it has arrived; a pinned tensor
+        # is on the CPU already.
         moved = tensor.detach().to(device, non_blocking=tensor.is_pinned())
         if moved.is_inference():
             moved = moved.clone()
-        # Kept because re-entrant checkpointing works only on inputs that require gradients.
+        # Kept, because reentrant checkpointing works only on inputs that require gradients.
         return moved.requires_grad_(tensor.requires_grad)
 
 
-def _is_empty(raw: Any) -> bool:
-    return not isinstance(raw, Tensor) and len(raw) == 0
-
-
-def _under(path: str, key: Any) -> str:
+def _path(path: str, key: Any) -> str:
+    """The Python expression of the item `key` of the value at `path`."""
     return f'{path}["{key}"]' if isinstance(key, str) else f"{path}[{key!r}]"

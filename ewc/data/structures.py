@@ -1,12 +1,12 @@
-"""Nested structures of lists, tuples, mappings and tensors: walked, rebuilt and described.
+"""Nested structures of lists, tuples, mappings and tensors: traversed, rebuilt and described.
 
-`torch.utils._pytree` would drop what subclasses of dict add (a Hugging Face `BatchEncoding`), and
-does not tell a list of one object per sample from a list of inputs.
+`torch.utils._pytree` is not used: it loses what subclasses of dict add (a Hugging Face
+`BatchEncoding`), and treats a list of one object per sample like a list of inputs.
 """
 
 import copy
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from numbers import Number
 from typing import Any
 
@@ -15,23 +15,38 @@ from torch.nn.utils.rnn import PackedSequence
 
 
 def describe(value: Any) -> str:
-    """The structure of a value in one line: types, and the shapes and types of tensors."""
+    """The structure of a value in one line: types, and the shape and dtype of each tensor."""
     if isinstance(value, Tensor):
         return f"Tensor{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    items = children(value)
+    if items is None:
+        return repr(value) if is_scalar(value) else type(value).__name__
     if isinstance(value, Mapping):
-        inside = ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items())
+        inside = ", ".join(
+            f"{key!r}: {describe(item)}" for key, item in zip(value, items, strict=True)
+        )
         return f"{'' if type(value) is dict else type(value).__name__}{{{inside}}}"
+    kinds = {type(item).__name__ for item in items}
+    if len(kinds) == 1 and not holds_tensors(value):
+        return f"{type(value).__name__} of {len(items)} {kinds.pop()}"
+    inside = ", ".join(map(describe, items))
+    return f"[{inside}]" if isinstance(value, list) else f"({inside})"
+
+
+def children(value: Any) -> list[Any] | None:
+    """The items of a list, a tuple or a mapping (its values); None if `value` is none of these.
+
+    A `PackedSequence`, which is a tuple in Python, counts as one object.
+    """
+    if isinstance(value, Mapping):
+        return list(value.values())
     if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
-        kinds = {type(item).__name__ for item in value}
-        if len(kinds) == 1 and not holds_tensors(value):
-            return f"{type(value).__name__} of {len(value)} {kinds.pop()}"
-        inside = ", ".join(describe(item) for item in value)
-        return f"[{inside}]" if isinstance(value, list) else f"({inside})"
-    return repr(value) if is_scalar(value) else type(value).__name__
+        return list(value)
+    return None
 
 
 def rebuild(container: Any, items: list[Any]) -> Any:
-    """A container of the same kind with other items, in the same order."""
+    """A container of the same type as `container`, with `items` in place of its children."""
     if isinstance(container, Mapping):
         named = dict(zip(container, items, strict=True))
         if not isinstance(container, (dict, UserDict)):
@@ -43,25 +58,18 @@ def rebuild(container: Any, items: list[Any]) -> Any:
         return rebuilt
     if isinstance(container, list):
         return items
-    make = getattr(container, "_make", tuple)  # a NamedTuple stays one
+    make = getattr(container, "_make", tuple)  # the constructor of a NamedTuple
     return make(items)
 
 
 def holds_tensors(value: Any) -> bool:
-    """Whether a tensor lies anywhere in the value, so that it is no list of plain objects."""
-    return any(isinstance(leaf, (Tensor, PackedSequence)) for leaf in _leaves_of(value))
-
-
-def _leaves_of(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
-        for item in value:
-            yield from _leaves_of(item)
-    else:
-        yield value
+    """Whether `value` is a tensor, or has one anywhere inside; if not, it is a plain object."""
+    items = children(value)
+    if items is None:
+        return isinstance(value, (Tensor, PackedSequence))
+    return any(map(holds_tensors, items))
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether all samples share the value as it is: a number, a string, bytes, or None."""
+    """Whether `value` is a number, a string, bytes, or None: all samples share it."""
     return value is None or isinstance(value, (Number, str, bytes))

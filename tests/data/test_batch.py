@@ -193,7 +193,7 @@ class TestUnreadable:
     )
     def test_what_is_no_batch(self, raw: Any) -> None:
         with pytest.raises(
-            InvalidBatch, match=r"a batch is a list or tuple \(inputs, \*rest\)"
+            InvalidBatch, match=r"a batch must be a list or tuple \(inputs, \*rest\)"
         ) as error:
             read(raw)
         assert "def forward(model, batch):" in str(error.value)

@@ -131,9 +131,8 @@ def test_row_12_a_structure_that_cannot_be_read(kind, batch, structure):
     good, _ = make_task()
     for place, batches in enumerate(([batch], [good, batch])):
         which = f"in batch {place} (counted from 0)"
-        refused(
-            kind, batches, which, "a batch is a list or tuple (inputs, *rest)", structure, "forward"
-        )
+        rule = "a batch must be a list or tuple (inputs, *rest)"
+        refused(kind, batches, which, rule, structure, "forward")
 
 
 def test_row_12_other_arguments_than_the_models(kind):
@@ -160,13 +159,13 @@ def test_row_12a_a_packed_sequence(kind):
 
 def test_row_12b_targets_are_missing(kind):
     x, _ = make_task()[0]
-    refused(kind, [x], "needs the targets in the data", "bare tensor", "Tensor[4, 5]", '"exact"')
+    refused(kind, [x], "must hold targets", "bare tensor", "Tensor[4, 5]", '"exact"')
 
 
 def test_row_13_inputs_and_targets_of_different_lengths(kind):
     x, y = make_task()[0]
     for place, batches in enumerate(([(x, y[:3])], [(x, y), (x, y[:3])])):
-        parts = ("the same number of samples", "batch[0]: 4", "batch[1]: 3", "Mend")
+        parts = ("the same number of samples", "batch[0]: 4", "batch[1]: 3", "Fix: ")
         refused(kind, batches, f"in batch {place}", *parts)
 
 
