@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ewc.data.batch import Batch
-from tests.data._reading import Encoding, read, x
+from tests.support.reading import Encoding, read, x
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -182,6 +182,10 @@ class TestJoining:
         parts = [read((each, torch.zeros(each.shape[1])), batch_dim=1) for each in (one, other)]
         assert parts[0].joins(parts[1])
         assert_close(Batch.joined(parts).raw[0], torch.cat([one, other], 1))
+
+    def test_tensors_with_their_samples_along_other_dimensions_are_not_joined(self) -> None:
+        one, other = read((torch.zeros(4, 3),), batch_dim=1), read((torch.zeros(4),), batch_dim=1)
+        assert not one.joins(other)
 
     @pytest.mark.parametrize(
         ("one", "other"),

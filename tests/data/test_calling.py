@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ewc.data.calling import apply
 from ewc.errors import InvalidBatch
-from tests.data._reading import read, x
+from tests.support.reading import read, x
 
 
 class Recorder(nn.Module):

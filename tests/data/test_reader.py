@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from ewc.data.batch import Batch
 from ewc.errors import InvalidBatch
-from tests.data._reading import read, x
+from tests.support.reading import read, x
 
 
 class TestTensors:
@@ -24,16 +24,17 @@ class TestTensors:
 
     def test_made_in_inference_mode_work_in_autograd(self) -> None:
         with torch.inference_mode():
-            batch = read((x(), torch.tensor(2.0)))
-        assert not any(t.is_inference() for t in batch.raw)
+            batch = read((x(), x(), torch.tensor(2.0)))
+        assert not any(t.is_inference() for t in (*batch.raw, *batch.rest))
         weight = torch.ones(3, requires_grad=True)
         (batch.raw[0] @ weight).sum().backward()
 
     def test_leave_the_users_graph_but_keep_requiring_gradients(self) -> None:
         data = x().requires_grad_() * 2
-        (found,) = read((data,)).raw
-        assert found.requires_grad
-        assert found.is_leaf
+        batch = read((data, data))
+        for found in (*batch.raw, *batch.rest):
+            assert found.requires_grad
+            assert found.is_leaf
         assert not read((x(),)).raw[0].requires_grad
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from ewc.data.structures import children, describe, holds_tensors, rebuild
-from tests.data._reading import Encoding, x
+from tests.support.reading import Encoding, x
 
 PACKED: PackedSequence = pack_sequence([torch.zeros(3, 2), torch.zeros(2, 2)])
 Pair = namedtuple("Pair", ["x", "y"])

@@ -1,6 +1,7 @@
 """Rows 18 to 23: what a consolidation must leave as it was, and must not depend on."""
 
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_row_22_the_same_seed(kind, source):
         model, ewc = make(kind, n_tasks=0, fisher_type="mc")
         generator = torch.Generator().manual_seed(seed) if source == "generator" else None
         torch.manual_seed(seed)
-        with unchanged(None, model) if generator is not None else torch.enable_grad():
+        with nullcontext() if generator is None else unchanged(None, model):
             ewc.consolidate(make_task(), generator=generator)
         return ewc.fisher
 
@@ -242,5 +243,5 @@ def test_row_23_a_model_made_in_inference_mode(kind):
     with torch.inference_mode():
         model = make_model()
     ewc = kind(model, Classification())
-    with unchanged(ewc, model), pytest.raises((RuntimeError, ValueError)):
+    with unchanged(ewc, model), pytest.raises(RuntimeError, match="Inference tensors cannot be"):
         ewc.consolidate(make_task())

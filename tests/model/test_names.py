@@ -81,6 +81,11 @@ class TestNames:
         model = nn.Sequential(shared, nn.ReLU(), shared)
         assert list(named_parameters(model)) == ["0.weight", "0.bias"]
 
+    def test_a_module_that_contains_itself(self):
+        model = nn.Sequential(nn.Linear(2, 2))
+        model.append(model)
+        assert list(named_parameters(model)) == ["0.weight", "0.bias"]
+
     def test_order(self, model):
         names = ["gone", "2.bias", "0.weight", "2.bias"]
         assert in_order(model, names) == ["0.weight", "2.bias", "gone"]

@@ -20,6 +20,7 @@ def test_pairs_of_a_wrapper(model):
     expected = tuple(named_parameters(model))
     assert select(wrapped, wrapped.named_parameters()) == expected
     assert select(wrapped, [name for name, _ in wrapped.named_parameters()]) == expected
+    assert select(wrapped, expected) == expected
     assert select(model, wrapped.named_parameters()) == expected
 
 
