@@ -64,24 +64,20 @@ def clock(run: Callable[[], object], repeats: int) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def peak(run: Callable[[], object]) -> float:
-    """The largest memory that a run takes, beyond what was taken before, in bytes."""
+def peak_and_waits(run: Callable[[], object]) -> tuple[float, Counter[str]]:
+    """What a run takes.
+
+    Returns:
+        The largest memory, beyond what was taken before, in bytes; and how often each line has made
+        the host wait for the device.
+    """
     if not CUDA:
-        return 0.0
+        run()
+        return 0.0, Counter()
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def waits(run: Callable[[], object]) -> Counter[str]:
-    """How often each line has made the host wait for the device."""
-    if not CUDA:
-        return Counter()
-    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -89,7 +85,8 @@ def waits(run: Callable[[], object]) -> Counter[str]:
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return Counter(
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, Counter(
         f"{Path(each.filename).name}:{each.lineno}"
         for each in caught
         if "called a synchronizing" in str(each.message)

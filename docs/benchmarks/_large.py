@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _models import GPT, Workload, tokens
+from _device import DEVICE
+from _models import GPT, Batch, Workload, part, tokens
 from torch import Tensor, nn
 
 
@@ -81,6 +82,21 @@ class ResNet50(nn.Module):
 def images(classes: int, pixels: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Normal pixels in three channels, one class for each image."""
     return lambda n: (torch.randn(n, 3, pixels, pixels), torch.randint(classes, (n,)))
+
+
+def prepared(workload: Workload) -> tuple[nn.Module, list[Batch]]:
+    """The model in eval mode, its running statistics those of the data, and batches."""
+    torch.manual_seed(0)
+    model = workload.build().to(DEVICE)
+    batches = [
+        (batch[0].to(DEVICE), batch[1].to(DEVICE)) for batch in workload.data(workload.batches)
+    ]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        model.train()(part(batches[0], 0, 16)[0])
+    return model.eval(), batches
 
 
 LARGE = [

@@ -58,8 +58,14 @@ def targets(batch: Batch) -> Tensor:
 
 def losses(model: nn.Module, batch: Batch) -> Tensor:
     """Each sample's negative log-likelihood, summed over its positions, `[N]`."""
-    each = F.cross_entropy(outputs(model, batch), targets(batch), reduction="none")
-    return each.flatten(1).sum(1) if each.dim() > 1 else each
+    labels = targets(batch)
+    each = F.cross_entropy(_rows(outputs(model, batch)), labels.flatten(), reduction="none")
+    return each.view(labels.shape).flatten(1).sum(1) if labels.dim() > 1 else each
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """`[N, C, S]` as `[N * S, C]`, the form in which language models compute their loss."""
+    return logits.movedim(1, -1).flatten(0, -2)
 
 
 def size(batch: Batch) -> int:
@@ -76,7 +82,7 @@ def part(batch: Batch, start: int, stop: int) -> Batch:
 
 def gradients(model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
     """The unit of all ratios: forward and backward of the mean loss, `p.grad` untouched."""
-    loss = F.cross_entropy(outputs(model, batch), targets(batch))
+    loss = F.cross_entropy(_rows(outputs(model, batch)), targets(batch).flatten())
     return torch.autograd.grad(loss, list(model.parameters()))
 
 

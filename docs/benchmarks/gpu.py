@@ -19,9 +19,19 @@ from pathlib import Path
 import _harness
 import _peers
 import torch
-from _device import CUDA, DEVICE, GIB, PRECISIONS, adamw, card, clock, full_precision, peak, waits
+from _device import (
+    CUDA,
+    DEVICE,
+    GIB,
+    PRECISIONS,
+    adamw,
+    card,
+    clock,
+    full_precision,
+    peak_and_waits,
+)
 from _harness import Timings, interleave, number, table
-from _large import LARGE, QUICK
+from _large import LARGE, QUICK, prepared
 from _models import Batch, Workload, gradients, losses, part
 from torch import Tensor, nn
 
@@ -62,6 +72,7 @@ class Column:
         timings: Seconds: of the unit and the peers for one batch, of consolidations for all.
         memory: The largest memory beyond model and batches, in bytes, by what ran.
         waits: How often the host waited for the device: for one more batch, and once.
+        lines: Where it waited, in a consolidation of all batches, and how often.
         error: How far the Fisher is from one sample at a time in float32, relative.
         methods: How many parameters went by which.
         reasons: Why a peer has no time.
@@ -70,29 +81,14 @@ class Column:
     timings: Timings[str]
     memory: dict[str, float] = field(default_factory=dict)
     waits: tuple[float, float] = (0.0, 0.0)
+    lines: dict[str, int] = field(default_factory=dict)
     error: float = 0.0
     methods: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def prepared(workload: Workload) -> tuple[nn.Module, list[Batch]]:
-    """The model in eval mode, its running statistics those of the data, and batches."""
-    torch.manual_seed(0)
-    model = workload.build().to(DEVICE)
-    batches = [
-        (batch[0].to(DEVICE), batch[1].to(DEVICE)) for batch in workload.data(workload.batches)
-    ]
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # the mean over all batches
-    with torch.no_grad():
-        model.train()(part(batches[0], 0, 16)[0])
-    return model.eval(), batches
-
-
-def measure(workload: Workload, rounds: int) -> Iterator[tuple[str, Column]]:
+def measure(model: nn.Module, batches: list[Batch], rounds: int) -> Iterator[tuple[str, Column]]:
     """All precisions of one model, one after the other."""
-    model, batches = prepared(workload)
     few = [part(batches[0], 0, 2)]
     oracle = _peers.OneByOne(model)
     oracle.run(few)
@@ -128,12 +124,14 @@ def _column(
         ONE: partial(consolidate, batches[:1]),
         ALL: partial(consolidate, batches),
     }
+    counted: dict[str, Counter[str]] = {}
     for title, call in calls.items():
         call()
-        column.memory[title] = peak(call)
-    once, every = (sum(waits(calls[title]).values()) for title in (ONE, ALL))
+        column.memory[title], counted[title] = peak_and_waits(call)
+    once, every = (sum(counted[title].values()) for title in (ONE, ALL))
     more = (every - once) / (len(batches) - 1)
     column.waits = more, once - more
+    column.lines = dict(counted[ALL].most_common(20))
     for kind in PEERS:
         try:
             peer = _peers.fresh(kind, model)
@@ -144,7 +142,7 @@ def _column(
             if isinstance(peer, _peers.VmapGrad):
                 peer.chunk = min((None, 4), key=partial(_with_chunk, peer, batches[0]))
             run = partial(peer.run, batches[:1])
-            column.memory[kind.title] = peak(run)
+            column.memory[kind.title], _ = peak_and_waits(run)
             calls[kind.title] = run
         except Exception as reason:  # whatever a peer cannot do is an entry
             column.reasons[kind.title] = _harness.short(reason)
@@ -223,16 +221,15 @@ def collection_table(workload: Workload, columns: dict[str, Column]) -> str:
     )
 
 
-def penalty(workload: Workload, rounds: int) -> tuple[int, Timings[str], int]:
+def penalty(model: nn.Module, batches: list[Batch], rounds: int) -> tuple[int, Timings[str], int]:
     """The number of entries, the times, and the synchronisations of a call."""
-    model, batches = prepared(workload)
     parameters = list(model.parameters())
     entries = sum(each.numel() for each in parameters)
     ewc = EWC(model, Classification())
     ewc.consolidate([part(batches[0], 0, 2)])
     with torch.no_grad():
         for each in parameters:
-            each.add_(0.01 * torch.randn_like(each))
+            each.mul_(1.001)  # away from the anchor
     first, second, third, out = (torch.randn(entries, device=DEVICE) for _ in range(4))
 
     def value_and_gradient() -> object:
@@ -246,8 +243,8 @@ def penalty(workload: Workload, rounds: int) -> tuple[int, Timings[str], int]:
         "AdamW step, foreach": adamw(model, {"foreach": True}),
     }
     value_and_gradient()
-    counted = sum(waits(value_and_gradient).values())
-    return entries, interleave(calls, rounds, clock=clock), counted
+    _, counted = peak_and_waits(value_and_gradient)
+    return entries, interleave(calls, rounds, clock=clock), sum(counted.values())
 
 
 def penalty_table(rows_of: dict[str, tuple[int, Timings[str], int]]) -> str:
@@ -285,21 +282,26 @@ def report(arguments: argparse.Namespace) -> str:
     full_precision()
     parts: list[str] = []
     found: dict[str, object] = {}
+    penalties = {}
+
+    def save(title: str, of: dict[str, object]) -> None:  # at once: a run may be cut short
+        found[title] = of
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
     for workload in QUICK if arguments.quick else LARGE:
+        model, batches = prepared(workload)
+        penalties[workload.name] = penalty(model, batches, max(9, arguments.rounds))
+        save(f"{workload.name}, penalty", penalties[workload.name][1].seconds)
         columns = {}
-        for title, column in measure(workload, arguments.rounds):
+        for title, column in measure(model, batches, arguments.rounds):
             columns[title] = column
-            found[f"{workload.name}, {title}"] = {**vars(column), "timings": column.timings.seconds}
-            if arguments.json is not None:  # at once: a run may be cut short
-                arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            save(f"{workload.name}, {title}", {**vars(column), "timings": column.timings.seconds})
         parts.append(collection_table(workload, columns))
+        del model, batches, column
         if CUDA:
             gc.collect()
             torch.cuda.empty_cache()
-    penalties = {
-        workload.name: penalty(workload, max(9, arguments.rounds))
-        for workload in (QUICK if arguments.quick else LARGE)
-    }
     parts.append(penalty_table(penalties))
     parts.append(f"{card()} Medians of {arguments.rounds} interleaved rounds.")
     return "\n\n".join(parts)

@@ -93,8 +93,12 @@ class Classification(Pointwise, takes_batches=True):
     @override
     def position_nll(self, head: Tensor, targets: Tensor, /) -> Tensor:
         if targets.dim() < head.dim():
+            if _classes_lie_last(head):
+                rows = head.movedim(1, -1).flatten(0, -2)
+                nll = F.cross_entropy(rows, targets.flatten(), reduction="none")
+                return nll.view(targets.shape)
             return F.cross_entropy(head, targets, reduction="none")
-        log_p = F.log_softmax(head, 1)
+        log_p = _log_softmax(head)
         # A class that a logit of -inf rules out costs nothing, not NaN, where its target is 0.
         return -torch.where(targets > 0, targets * log_p, 0).sum(1)
 
@@ -106,7 +110,7 @@ class Classification(Pointwise, takes_batches=True):
 
     @override
     def position_terms(self, head: Tensor, /) -> Tensor:
-        log_p = F.log_softmax(head, 1)
+        log_p = _log_softmax(head)
         root = (log_p.detach() / 2).exp()  # sqrt(p), which does not underflow where p does
         return torch.where(log_p == -math.inf, 0, -root * log_p).movedim(1, 0)
 
@@ -151,6 +155,22 @@ class Classification(Pointwise, takes_batches=True):
             f"a label must be {rule}, 0 to {last}, or ignore_index ({self.ignore_index}); found "
             f"{abridged(found)}. Fix: {fix}."
         )
+
+
+def _classes_lie_last(head: Tensor) -> bool:
+    """Whether `[n, C, *positions]` is `[n, *positions, C]` in memory, as language models have it.
+
+    A softmax along any other dimension than the last in memory takes an accelerator up to a hundred
+    times as long, where there are many classes.
+    """
+    return head.dim() > 2 and head.stride(1) == 1
+
+
+def _log_softmax(head: Tensor) -> Tensor:
+    """The logarithms of the probabilities, `[n, C, *positions]`."""
+    if _classes_lie_last(head):
+        return F.log_softmax(head.movedim(1, -1), -1).movedim(-1, 1)
+    return F.log_softmax(head, 1)
 
 
 def _read_probabilities(head: Tensor, targets: Tensor, mask: Tensor | None) -> Targets:

@@ -257,6 +257,9 @@ class Pointwise(Likelihood):
     def _observe(self, outputs: Any, targets: Tensor | None, weights: Tensor | None) -> _Observed:
         """Validate the values of a batch, and replace those that do not count by 0."""
         head = self.head(outputs)
+        # A model on several devices need not end where it begins, which is where batches are.
+        targets = None if targets is None else targets.to(head.device)
+        weights = None if weights is None else weights.to(head.device)
         mask: Tensor | None = None
         faults: list[Fault] = []
         if weights is not None:

@@ -215,6 +215,37 @@ def test_the_outputs_of_a_head_are_moved_without_waiting(process: ProcessPoolExe
         assert len(reads(step)) <= CHECKS
 
 
+def _split(fisher_type: str, where: str) -> dict[str, Tensor]:
+    """The Fisher of a model that begins on `where` and ends on the CPU, where its loss is."""
+    torch.manual_seed(0)
+    first, last = torch.nn.Linear(5, 4).double(), torch.nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
+
+    class Split(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = first, last
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x.to(where)).tanh().cpu())
+
+    with nullcontext() if where == "cpu" else device.Device():
+        if where != "cpu":
+            device.move(first)
+        ewc = EWC(Split(), Classification(), fisher_type=fisher_type)
+        ewc.consolidate([(x, y)])
+        with torch.no_grad():
+            last.weight.add_(1)
+        ewc().backward()
+        return {name: each.cpu() for name, each in ewc.fisher.items()}
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+def test_a_model_on_two_devices(process: ProcessPoolExecutor, fisher_type: str) -> None:
+    found = process.submit(_split, fisher_type, device.NAME).result()
+    torch.testing.assert_close(found, _split(fisher_type, "cpu"))
+
+
 def test_the_device_knows_what_is_read(process: ProcessPoolExecutor) -> None:
     """What the tests above rely on: a model that reads, and one that is half on the CPU."""
     step = process.submit(consolidate, "branches", "empirical", Classification(), device.NAME)

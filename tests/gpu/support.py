@@ -9,7 +9,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -80,12 +80,21 @@ def assert_near(found: Mapping[str, Tensor], right: Mapping[str, Tensor], tolera
     assert not wrong, f"off by more than {tolerance:g}: {wrong}"
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
+def tf32() -> AbstractContextManager[None]:
     """As callers do who want TF32 for their model."""
+    return _float32("high", "tf32")
+
+
+def full_precision() -> AbstractContextManager[None]:
+    """The model's own products in float32; PyTorch lets cuDNN take TF32 by default."""
+    return _float32("highest", "ieee")
+
+
+@contextmanager
+def _float32(products: str, convolutions: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.conv.fp32_precision = convolutions
     try:
         yield
     finally:

@@ -54,6 +54,27 @@ class TestAgainstTorch:
             assert_close(found, F.cross_entropy(logits[:, [3, 1]], targets, reduction="none"))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 4), (3, 5, 2, 4), (1, 5, 1)])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_classes_that_lie_last_in_memory(shape: tuple[int, ...], probabilities: bool) -> None:
+    torch.manual_seed(0)
+    plain = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    last = plain.detach().movedim(1, -1).contiguous().requires_grad_()
+    assert last.movedim(-1, 1).stride(1) == 1
+    targets = torch.randint(5, shape[:1] + shape[2:])
+    if probabilities:
+        targets = torch.rand(shape, dtype=torch.float64)
+        targets = targets / targets.sum(1, keepdim=True)
+    likelihood = Classification()
+    for function in (likelihood.nll, likelihood.exact_terms):
+        expected, found = function(plain, targets), function(last.movedim(-1, 1), targets)
+        torch.testing.assert_close(found, expected)
+        weights = torch.randn_like(expected)
+        (right,) = torch.autograd.grad(expected, plain, weights)
+        (gradient,) = torch.autograd.grad(found, last, weights)
+        torch.testing.assert_close(gradient.movedim(-1, 1), right)
+
+
 def test_class_indices_go_through_cross_entropy() -> None:
     """Fisher collection replaces this one call by a faster one."""
     seen = []
