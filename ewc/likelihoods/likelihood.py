@@ -38,8 +38,8 @@ class Likelihood(ABC):
     batch_dim: int = 0
     _takes_batches: ClassVar[bool] = False
 
-    def __init_subclass__(cls, *, takes_batches: bool = False, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, *, takes_batches: bool = False) -> None:
+        super().__init_subclass__()
         cls._takes_batches = takes_batches
 
     @property
