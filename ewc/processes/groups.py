@@ -62,7 +62,7 @@ def wrapper_group(model: nn.Module) -> "ProcessGroup | None":
     """The process group of a `DistributedDataParallel` around or inside a model, if any."""
     module = sys.modules.get("torch.nn.parallel.distributed")
     kind = getattr(module, "DistributedDataParallel", None)
-    wrappers = (m for m in model.modules() if kind is not None and isinstance(m, kind))
+    wrappers: list[Any] = [m for m in model.modules() if kind is not None and isinstance(m, kind)]
     return next((wrapper.process_group for wrapper in wrappers), None)
 
 
