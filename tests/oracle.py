@@ -1,14 +1,20 @@
-"""The slow oracle: one sample at a time, plain autograd, nothing of the library but its batches.
+"""The slow oracle: one sample at a time, by plain autograd, without anything of the library.
 
-Every estimator is compared with it.
+Every estimate of the Fisher information is compared with it.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def nll(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The negative log-likelihood of classification, `[N]`."""
+    return F.cross_entropy(outputs, targets, reduction="none")
 
 
 def squares(
@@ -65,9 +71,10 @@ def one(value: Any, n: int, dim: int = 0) -> Any:
 def empirical(
     model: nn.Module,
     batch: tuple[Any, ...],
-    nll: Callable[..., Tensor],
+    nll: Callable[..., Tensor] = nll,
     dim: int = 0,
     call: Callable[[nn.Module, Any], Any] | None = None,
+    names: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """The sum of squares of `nll(outputs, *rest) -> [1]` over the samples of `(inputs, *rest)`."""
     inputs, *rest = batch
@@ -82,4 +89,13 @@ def empirical(
             outputs = model(*x) if isinstance(x, (tuple, list)) else model(x)
         return nll(outputs, *one(rest, n, dim)).reshape(1)
 
-    return squares(model, losses, samples)
+    return squares(model, losses, samples, names)
+
+
+def fisher(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], names: list[str] | None = None
+) -> dict[str, Tensor]:
+    """The diagonal Fisher of classification: the mean over the samples of all batches."""
+    whole = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    sums = empirical(model, whole, names=names)
+    return {name: each / len(whole[1]) for name, each in sums.items()}

@@ -10,16 +10,9 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ewc import Classification, Custom, Regression
-from tests.support.asserts import raises, unchanged
-from tests.support.tasks import (
-    CLASSES,
-    INPUTS,
-    assert_close,
-    explicit_fisher,
-    make,
-    make_model,
-    make_task,
-)
+from tests import oracle
+from tests.support.asserts import assert_close, raises, unchanged
+from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task
 
 
 def refused(kind, batches, *parts, error=ValueError, options=None, **arguments):
@@ -70,14 +63,14 @@ def test_row_10_empty_batches_are_skipped(kind):
     model, ewc = make(kind, n_tasks=0)
     summary = ewc.consolidate([empty, first, empty, second, empty])
     assert summary.samples == 8
-    assert_close(ewc.fisher, explicit_fisher(model, [first, second]))
+    assert_close(ewc.fisher, oracle.fisher(model, [first, second]))
 
 
 def test_row_10_a_smaller_last_batch_weighs_less(kind):
     (x, y), *_ = make_task(size=7)
     model, ewc = make(kind, n_tasks=0)
     ewc.consolidate(DataLoader(TensorDataset(x, y), batch_size=3))
-    assert_close(ewc.fisher, explicit_fisher(model, [(x, y)]))
+    assert_close(ewc.fisher, oracle.fisher(model, [(x, y)]))
 
 
 def test_row_10a_max_samples_where_a_loader_has_no_length(kind):
@@ -89,7 +82,7 @@ def test_row_10a_max_samples_where_a_loader_has_no_length(kind):
 
     model, ewc = make(kind, n_tasks=0, max_samples=6)
     assert ewc.consolidate(DataLoader(Stream(), batch_size=3)).samples == 6
-    assert_close(ewc.fisher, explicit_fisher(model, [(x, y)]))
+    assert_close(ewc.fisher, oracle.fisher(model, [(x, y)]))
 
 
 def test_row_10a_max_samples_within_a_batch(kind):
@@ -97,7 +90,7 @@ def test_row_10a_max_samples_within_a_batch(kind):
     model, ewc = make(kind, n_tasks=0, max_samples=5)
     summary = ewc.consolidate(DataLoader(TensorDataset(x, y), batch_size=3))
     assert summary.samples == 5
-    assert_close(ewc.fisher, explicit_fisher(model, [(x[:5], y[:5])]))
+    assert_close(ewc.fisher, oracle.fisher(model, [(x[:5], y[:5])]))
 
 
 @pytest.mark.parametrize("fisher_type", ["empirical", "exact"])

@@ -10,18 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ewc import Classification, SlowPathWarning, ZeroFisherWarning
-from tests import architectures
-from tests.support.asserts import raises, unchanged
-from tests.support.tasks import (
-    CLASSES,
-    INPUTS,
-    assert_close,
-    explicit_fisher,
-    make,
-    make_model,
-    make_task,
-    shift,
-)
+from tests import architectures, oracle
+from tests.support.asserts import assert_close, raises, unchanged
+from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task, shift
 
 SLOW = pytest.mark.filterwarnings("ignore::ewc.SlowPathWarning")
 
@@ -92,7 +83,7 @@ def test_row_40_checkpointing_is_exact(kind, grad_inputs):
     model = Checkpointed(False, grad_inputs)
     _, ewc = make(kind, model, n_tasks=0)
     ewc.consolidate(make_task())
-    assert_close(ewc.fisher, explicit_fisher(model, make_task()))
+    assert_close(ewc.fisher, oracle.fisher(model, make_task()))
     assert ewc.fisher["block.0.weight"].any()
 
 
@@ -145,7 +136,7 @@ def test_row_41_a_layer_that_vmap_cannot_do(kind):
     model = Own()
     _, ewc = make(kind, model, n_tasks=0)
     summary = ewc.consolidate(make_task())
-    assert_close(ewc.fisher, explicit_fisher(model, make_task()))
+    assert_close(ewc.fisher, oracle.fisher(model, make_task()))
     assert set(summary.paths.values()) == {"loop"}
     assert set(summary.reasons) == set(summary.paths)
     assert "setup_context" in summary.reasons["w"]
@@ -160,7 +151,7 @@ def test_row_41_awkward_models(kind, name):
     model, inputs, targets = architectures.build(case, 4, torch.float32)
     ewc = kind(model, Classification())
     summary = ewc.consolidate([(inputs, targets)])
-    assert_close(ewc.fisher, explicit_fisher(model.eval(), [(inputs, targets)]))
+    assert_close(ewc.fisher, oracle.fisher(model.eval(), [(inputs, targets)]))
     assert set(summary.paths.values()) <= {"rule", "vmap", "loop"}
 
 
@@ -176,7 +167,7 @@ def test_row_41_a_batch_of_objects(kind):
     texts, targets = ["a", "bb", "cccc"], torch.tensor([0, 1, 2])
     summary = ewc.consolidate([(texts, targets)])
     lengths = torch.tensor([[1.0], [2.0], [4.0]]).expand(3, INPUTS)
-    assert_close(ewc.fisher, explicit_fisher(model, [(lengths, targets)]))
+    assert_close(ewc.fisher, oracle.fisher(model, [(lengths, targets)]))
     assert "lists of objects" in summary.reasons["0.weight"]
 
 
@@ -206,7 +197,7 @@ def test_row_41b_the_slow_path_is_said_once(kind):
 @pytest.mark.parametrize("how", ["module", "in place", "scripted", "all scripted"])
 def test_row_41c_compiled_and_scripted_parts(kind, how):
     model = make_model()
-    expected = explicit_fisher(model, make_task())
+    expected = oracle.fisher(model, make_task())
     if how == "module":
         model[0] = torch.compile(model[0], backend="aot_eager")
     elif how == "in place":

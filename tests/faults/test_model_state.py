@@ -8,17 +8,9 @@ import torch
 from torch import nn
 
 from ewc import Classification
-from tests.support.asserts import unchanged
-from tests.support.tasks import (
-    CLASSES,
-    INPUTS,
-    assert_close,
-    explicit_fisher,
-    make,
-    make_model,
-    make_task,
-    same,
-)
+from tests import oracle
+from tests.support.asserts import assert_close, unchanged
+from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task, same
 
 
 def consolidated_beside(kind, model):
@@ -84,7 +76,7 @@ def test_row_19_a_model_that_runs_backward(kind):
     ewc = consolidated_beside(kind, model)
     assert_close(
         ewc.fisher,
-        {f"inner.{name}": f for name, f in explicit_fisher(make_model(), make_task()).items()},
+        {f"inner.{name}": f for name, f in oracle.fisher(make_model(), make_task()).items()},
     )
 
 
@@ -107,7 +99,7 @@ def test_row_20_a_step_fused_into_backward(kind):
 def test_row_20a_hooks_on_gradients(kind):
     """They belong to training: clipping there is no part of the Fisher, on any path."""
     model = make_model()
-    expected = explicit_fisher(model, make_task())
+    expected = oracle.fisher(model, make_task())
     seen = []
 
     def clip(gradient):
@@ -123,7 +115,7 @@ def test_row_20a_hooks_on_gradients(kind):
 
 def test_row_21_batch_norm_and_dropout_in_train_mode(kind):
     model = Norms()
-    expected = explicit_fisher(model.eval(), make_task())
+    expected = oracle.fisher(model.eval(), make_task())
     ewc = consolidated_beside(kind, model.train())
     assert_close(ewc.fisher, expected)
 
@@ -131,7 +123,7 @@ def test_row_21_batch_norm_and_dropout_in_train_mode(kind):
 def test_row_21a_a_loader_that_runs_the_model(kind):
     model = Norms().eval()
     task = [(x, model(x).argmax(1)) for x, _ in make_task(batches=3)]
-    expected = explicit_fisher(model, task)
+    expected = oracle.fisher(model, task)
 
     def pseudo_labels():
         for x, _ in task:
@@ -162,7 +154,7 @@ def test_row_21a_a_loader_that_runs_the_model(kind):
 )
 def test_row_21_buffers_of_any_kind(kind, buffer):
     model = make_model()
-    expected = explicit_fisher(model, make_task())
+    expected = oracle.fisher(model, make_task())
     model.register_buffer("extra", buffer)
     ewc = kind(model, Classification())
     ewc.consolidate(make_task())
@@ -214,7 +206,7 @@ def test_row_22_without_draws_the_random_state_is_as_it_was(kind):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_row_23_consolidated_inside(kind, mode):
     model = make_model()
-    expected = explicit_fisher(model, make_task())
+    expected = oracle.fisher(model, make_task())
     ewc, other = kind(model, Classification()), kind(model, Classification())
     with mode():
         ewc.consolidate([(x.clone(), y.clone()) for x, y in make_task()])

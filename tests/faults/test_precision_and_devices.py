@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from ewc import Classification, OnlineEWC
-from tests.support.asserts import raises
+from tests import oracle
+from tests.support.asserts import assert_close, raises
 from tests.support.tasks import (
     CLASSES,
     as_task,
-    assert_close,
-    explicit_fisher,
     make,
     make_model,
     make_task,
@@ -36,7 +35,7 @@ def task_in(dtype, scale=1.0):
 @HALF
 def test_row_24_squares_of_half_precision_do_not_underflow(kind, dtype):
     model = make_model()
-    expected = explicit_fisher(model, make_task())
+    expected = oracle.fisher(model, make_task())
     _, ewc = make(kind, copy.deepcopy(model).to(dtype), n_tasks=0)
     ewc.consolidate(task_in(dtype))
     for name, one in ewc.fisher.items():
@@ -70,7 +69,7 @@ def test_row_24_penalty_of_half_precision_equals_that_of_float32(kind, dtype):
 @HALF
 def test_row_24_under_autocast(kind, dtype):
     model, ewc = make(kind, n_tasks=0)
-    expected = explicit_fisher(model, make_task())
+    expected = oracle.fisher(model, make_task())
     with torch.autocast("cpu", dtype=dtype):
         ewc.consolidate(make_task())
     assert all(one.dtype is torch.float32 for one in ewc.fisher.values())
@@ -233,14 +232,14 @@ def test_row_39_recurrent_layers_of_single_samples_run_without_cudnn(kind, layer
     ewc.consolidate(make_task())
     assert False in model.seen
     assert torch.backends.cudnn.enabled
-    assert_close(ewc.fisher, explicit_fisher(model.eval(), make_task()))
+    assert_close(ewc.fisher, oracle.fisher(model.eval(), make_task()))
 
 
 @gpu
 @LAYERS
 def test_row_39_recurrent_layers_on_an_accelerator(kind, layer):
     model = Recurrent(layer)
-    expected = explicit_fisher(model.eval(), make_task())
+    expected = oracle.fisher(model.eval(), make_task())
     _, ewc = make(kind, model.train().cuda(), n_tasks=0)
     ewc.consolidate(make_task())
     for name, one in ewc.fisher.items():

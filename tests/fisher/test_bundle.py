@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader
 from ewc import _vmap
 from ewc.errors import InvalidBatch
 from tests import oracle
-from tests.fisher.test_collection import assert_close, collected, nll
+from tests.oracle import nll
+from tests.support.asserts import assert_close
+from tests.support.collecting import collected
 
 
 class Counting(nn.Module):

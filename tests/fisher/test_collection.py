@@ -1,43 +1,14 @@
 """Collection against the slow oracle, for every model of the zoo."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from ewc import Classification
-from ewc.fisher import Squares, collect
 from tests import oracle
 from tests.architectures import CASES, build
-
-
-def collected(model: torch.nn.Module, batches: Any, **options: Any) -> Squares:
-    defaults: dict[str, Any] = {
-        "likelihood": Classification(),
-        "forward": None,
-        "fisher_type": "empirical",
-        "max_samples": None,
-        "generator": None,
-    }
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return collect(model, parameters, batches, **{**defaults, **options})
-
-
-def nll(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert list(found) == list(expected)
-    largest = max(each.max() for each in expected.values())
-    for name in found:
-        # A gradient that is zero but for rounding is compared with the largest of all.
-        scale = max(expected[name].max(), tolerance**2 * largest)
-        error = (found[name].double() - expected[name]).abs().max()
-        assert error <= tolerance * scale, f"{name}: {error / scale:.2e} of the largest entry"
+from tests.support.asserts import assert_close
+from tests.support.collecting import collected
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -48,7 +19,7 @@ def test_equals_the_oracle(name: str, dtype: torch.dtype) -> None:
     model, inputs, targets = build(case, 6, dtype)
     before = copy.deepcopy(model.state_dict())
     found = collected(model, [(inputs, targets)])
-    expected = oracle.empirical(model, (inputs, targets), nll)
+    expected = oracle.empirical(model, (inputs, targets))
     assert_close(found.sums, expected, 1e-9 if dtype == torch.float64 else 1e-4)
     assert found.samples == 6
     for key, value in model.state_dict().items():

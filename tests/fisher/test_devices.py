@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map_only
 
 from ewc import EWC, Classification, Likelihood, OnlineEWC, Regression
 from tests.architectures import CASES, build
-from tests.fisher.test_collection import assert_close
 from tests.support import device
+from tests.support.asserts import assert_close
 
 BATCHES = 4
 

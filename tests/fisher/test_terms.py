@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ewc import Custom, Regression, TimeSeries
 from tests import oracle
-from tests.fisher.test_collection import assert_close, collected
+from tests.support.asserts import assert_close
+from tests.support.collecting import collected
 
 
 def model() -> nn.Module:

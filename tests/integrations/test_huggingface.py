@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ewc import EWC, Classification, OnlineEWC, TimeSeries
 from tests import oracle
-from tests.fisher.test_collection import assert_close
+from tests.support.asserts import assert_close
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,7 +1,7 @@
 """Properties that tests assert again and again."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,33 @@ def raises(kind: Any, *parts: str) -> Iterator[Any]:
     message = str(caught.value)
     missing = [part for part in parts if part not in message]
     assert not missing, f"{missing} not in: {message}"
+
+
+def assert_close(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    tolerance: float = 1e-6,
+    *,
+    relative: float = 0.0,
+) -> None:
+    """The same names in the same order, and the same values but for rounding.
+
+    Args:
+        found: Tensors by name.
+        expected: What they should be.
+        tolerance: The error that is allowed, as a share of the largest entry of each tensor.
+        relative: What is allowed besides, as a share of each entry.
+    """
+    assert list(found) == list(expected)
+    tops = {
+        name: float(each.abs().max()) if each.numel() else 0.0 for name, each in expected.items()
+    }
+    for name, right in expected.items():
+        # A gradient that is zero but for rounding is compared with the largest of all.
+        scale = max(tops[name], tolerance**2 * max(tops.values()))
+        error = (found[name].double() - right.double()).abs()
+        allowed = tolerance * scale + relative * right.double().abs()
+        assert (error <= allowed).all(), f"{name}: off by {error.max() / scale:.2e} of the largest"
 
 
 def fails_at(call: int, error: BaseException) -> Callable[[], None]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ewc import EWC, Classification
 
@@ -83,29 +82,6 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
 
 def same_state(ewc: EWC, fisher: Mapping[str, Tensor], anchor: Mapping[str, Tensor]) -> bool:
     return same(ewc.fisher, fisher) and same(ewc.anchor, anchor)
-
-
-def explicit_fisher(
-    model: nn.Module, task: list[tuple[Tensor, Tensor]], names: list[str] | None = None
-) -> dict[str, Tensor]:
-    """The Fisher of classification, one sample at a time by plain autograd."""
-    names = list(dict(model.named_parameters())) if names is None else names
-    parameters = [dict(model.named_parameters())[name] for name in names]
-    sums = [torch.zeros_like(p) for p in parameters]
-    samples = 0
-    for x, y in task:
-        for one, target in zip(x, y, strict=True):
-            nll = F.cross_entropy(model(one[None]), target[None])
-            for total, gradient in zip(sums, torch.autograd.grad(nll, parameters), strict=True):
-                total += gradient**2
-            samples += 1
-    return {name: total / samples for name, total in zip(names, sums, strict=True)}
-
-
-def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert list(found) == list(expected)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
 
 
 def grow(model: nn.Module, rows: int = 2) -> None:

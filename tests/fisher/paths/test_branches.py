@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests import oracle
-from tests.fisher.test_collection import assert_close, collected, nll
+from tests.oracle import nll
+from tests.support.asserts import assert_close
+from tests.support.collecting import collected
 
 
 class Masked(nn.Module):

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.fisher.rules.test_broadcasting import Applied
-from tests.fisher.rules.test_rules import check, noise
-from tests.fisher.test_collection import collected
+from tests.support.collecting import collected
+from tests.support.rules import Applied, check, noise
 
 Function = Callable[[Tensor], Any]
 

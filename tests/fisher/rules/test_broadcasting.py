@@ -1,33 +1,19 @@
 """Parameters added to samples, multiplied with them, joined and indexed, on random shapes."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from ewc import Custom
 from tests import oracle
-from tests.fisher.rules.test_rules import check, few, fewer, loss, noise, seeds, small
-from tests.fisher.test_collection import assert_close, collected
-
-Function = Callable[..., Any]
-
-
-class Applied(nn.Module):
-    """A function of the inputs and of parameters of given shapes."""
-
-    def __init__(self, function: Function, *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.function = function
-        self.values = nn.ParameterList(torch.randn(shape) for shape in shapes)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.function(*inputs, *self.values)
+from tests.support.asserts import assert_close
+from tests.support.collecting import collected
+from tests.support.rules import Applied, Function, check, few, fewer, loss, noise, seeds, small
 
 
 def away(tensor: Tensor) -> Tensor:

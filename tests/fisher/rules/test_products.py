@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.fisher.rules.test_broadcasting import Applied, Function
-from tests.fisher.rules.test_rules import check, few, noise, seeds, small
+from tests.support.rules import Applied, Function, check, few, noise, seeds, small
 
 A, B, C, D = 2, 3, 4, 5
 """Sizes that tell the dimensions apart."""
