@@ -141,12 +141,23 @@ def test_row_35_grown_in_place(kind):
 
 
 def test_row_35_grown_and_frozen(kind):
-    model, ewc = make(kind)
+    model, ewc = make(kind, n_tasks=0)
+    ewc.consolidate(make_task())
+    head = {name: ewc.fisher[name] for name in ("2.weight", "2.bias")}
     grow(model)
     model[2].requires_grad_(False)
     ewc.consolidate(make_task(1))
-    assert ewc.fisher["2.weight"].shape == (CLASSES, 7)
-    ewc()
+    fisher, anchor = as_task(ewc)
+    assert same({name: fisher[name] for name in head}, head)
+    shift(model)
+    now = dict(model.named_parameters())
+    expected = 0.5 * sum(
+        (fisher[name] * (now[name][: len(fisher[name])] - anchor[name]) ** 2).sum()
+        for name in fisher
+    )
+    assert ewc().item() == pytest.approx(expected.item(), rel=1e-5)
+    ewc().backward()
+    assert model[2].weight.grad is None
 
 
 @pytest.mark.parametrize("by_name", [False, True])
