@@ -1,4 +1,4 @@
-"""Rows 1 to 5: what is wrong is said when the object is built, or an attribute is assigned."""
+"""Rows 1 to 5: an invalid argument is an error at once, not when it is first used."""
 
 import copy
 
@@ -100,7 +100,7 @@ def test_row_01a_model_and_likelihood(kind):
         *(({"dataset_size": n}, "dataset_size must be a positive") for n in (0, -1, True, "3")),
     ],
 )
-def test_row_01a_of_consolidate(kind, options, rule):
+def test_row_01a_options_of_consolidate(kind, options, rule):
     model, ewc = make(kind, reduction="sum")
     options = {"batches": make_task(), **options}
     with unchanged(ewc, model), raises((TypeError, ValueError), rule):
@@ -108,7 +108,7 @@ def test_row_01a_of_consolidate(kind, options, rule):
 
 
 @pytest.mark.parametrize(("fisher_type", "define"), [("exact", "exact_terms"), ("mc", "sample")])
-def test_row_01b_likelihood_without_what_the_type_needs(kind, fisher_type, define):
+def test_row_01b_a_likelihood_that_lacks_a_method(kind, fisher_type, define):
     likelihood = Custom(lambda outputs, targets: outputs.sum(1))
     parts = (f"{define}(outputs", "Custom must define", 'choose fisher_type="empirical"')
     with raises(ValueError, *parts):
@@ -168,7 +168,7 @@ def test_row_04_unknown_names_all_at_once(kind):
         kind(model, Classification(), parameters=["2.wight", "0.weight", "0.bais"])
 
 
-def test_row_04a_parameters_that_are_not_the_models_or_frozen(kind):
+def test_row_04a_parameters_of_another_model_or_frozen(kind):
     model = make_model()
     model[0].bias.requires_grad_(False)
     stranger = nn.Parameter(torch.zeros(3))
@@ -189,7 +189,7 @@ def test_row_05_lazy_parameters(kind):
         kind(nn.Sequential(nn.LazyLinear(3)), Classification())
 
 
-def test_row_05_lazy_elsewhere(kind):
+def test_row_05_lazy_parameters_that_are_not_protected(kind):
     # Its first forward would be that of the consolidation, and would change the model.
     model = nn.Sequential(nn.Linear(5, 4), nn.LazyLinear(3))
     with raises(ValueError, "found lazy ones: '1.weight', '1.bias'", "Fix: run one forward pass"):

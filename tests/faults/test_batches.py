@@ -1,4 +1,4 @@
-"""Rows 9 to 14: batches and negative log-likelihoods that are not as they should be."""
+"""Rows 9 to 14: invalid batches and invalid negative log-likelihoods."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task
 
 
 def refused(kind, batches, *parts, error=ValueError, options=None, **arguments):
-    """Both a first and a later consolidation refuse the batches, and leave no trace."""
+    """A first and a later consolidation refuse the batches, and change nothing."""
     for n_tasks in (0, 1):
         model, ewc = make(kind, n_tasks=n_tasks, **(options or {}))
         with unchanged(ewc, model), raises(error, *parts):
@@ -40,13 +40,13 @@ def exhausted():
     ],
     ids=["list", "iterator", "exhausted generator", "empty batch", "drop_last"],
 )
-def test_row_09_no_sample(kind, batches):
+def test_row_09_no_samples(kind, batches):
     refused(kind, batches, "at least one sample", "held none", "generator", "pass a fresh one")
 
 
 def test_row_09a_number_of_samples_unknown(kind):
     options = {"reduction": "sum", "max_samples": 3}
-    (model, ewc) = (make_model(), None)
+    model = make_model()
     ewc = kind(model, Classification(), **options)
     with (
         unchanged(ewc, model),
@@ -120,7 +120,7 @@ def test_row_11_any_batch_size_gives_the_same(kind, fisher_type):
     ],
     ids=str,
 )
-def test_row_12_a_structure_that_cannot_be_read(kind, batch, structure):
+def test_row_12_an_unsupported_structure(kind, batch, structure):
     good, _ = make_task()
     for place, batches in enumerate(([batch], [good, batch])):
         which = f"in batch {place} (counted from 0)"
@@ -128,7 +128,7 @@ def test_row_12_a_structure_that_cannot_be_read(kind, batch, structure):
         refused(kind, batches, which, rule, structure, "forward")
 
 
-def test_row_12_other_arguments_than_the_models(kind):
+def test_row_12_inputs_that_do_not_match_forward(kind):
     x, y = make_task()[0]
     refused(
         kind,
@@ -150,7 +150,7 @@ def test_row_12a_a_packed_sequence(kind):
     )
 
 
-def test_row_12b_targets_are_missing(kind):
+def test_row_12b_missing_targets(kind):
     x, _ = make_task()[0]
     refused(kind, [x], "must hold targets", "bare tensor", "Tensor[4, 5]", '"exact"')
 
@@ -205,7 +205,7 @@ def test_row_13_regression_targets_of_another_shape(kind):
     ],
     ids=["scalar", "number", "unreduced", "too long", "too short", "detached", "none", "complex"],
 )
-def test_row_14_a_nll_that_is_none(kind, nll, parts):
+def test_row_14_an_invalid_nll(kind, nll, parts):
     expected = "expected Custom.nll(outputs, *rest) -> [1], one value per sample, not reduced"
     refused(kind, make_task(), expected, *parts, likelihood=Custom(nll))
 

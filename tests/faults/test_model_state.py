@@ -1,4 +1,4 @@
-"""Rows 18 to 23: what a consolidation must leave as it was, and must not depend on."""
+"""Rows 18 to 23: what a consolidation must not change, and must not depend on."""
 
 import pickle
 from contextlib import nullcontext
@@ -13,8 +13,8 @@ from tests.support.asserts import assert_close, unchanged
 from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task, same
 
 
-def consolidated_beside(kind, model):
-    """Consolidate, and check that the model and the process are unchanged."""
+def consolidated(kind, model):
+    """An object that has consolidated; the model and the process are unchanged."""
     ewc = kind(model, Classification())
     with unchanged(None, model):
         ewc.consolidate(make_task())
@@ -34,7 +34,7 @@ def test_row_18_flags_of_submodules(kind):
     model = Norms()
     model[0].eval()
     model[2].eval()
-    consolidated_beside(kind, model)
+    consolidated(kind, model)
     assert [module.training for module in model.modules()] == [True, False, True, False, True]
 
 
@@ -47,14 +47,14 @@ def test_row_18_a_module_that_overrides_train(kind):
                 self.weight.data += 1.0
             return super().train(mode)
 
-    consolidated_beside(kind, nn.Sequential(Merging(INPUTS, CLASSES)))
+    consolidated(kind, nn.Sequential(Merging(INPUTS, CLASSES)))
 
 
 def test_row_19_gradients(kind):
     model = make_model()
     model[0].weight.grad = torch.randn(7, INPUTS)
     model[2].bias.grad = torch.full((CLASSES,), float("nan"))
-    consolidated_beside(kind, model)
+    consolidated(kind, model)
     assert model[0].bias.grad is None
     assert model[2].weight.grad is None
 
@@ -73,7 +73,7 @@ def test_row_19_a_model_that_runs_backward(kind):
     model = Greedy()
     model.inner[0].weight.grad = torch.randn(7, INPUTS)
     model.inner[2].bias.grad = torch.full((CLASSES,), float("nan"))
-    ewc = consolidated_beside(kind, model)
+    ewc = consolidated(kind, model)
     assert_close(
         ewc.fisher,
         {f"inner.{name}": f for name, f in oracle.fisher(make_model(), make_task()).items()},
@@ -91,13 +91,13 @@ def test_row_20_a_step_fused_into_backward(kind):
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(step)
-    ewc = consolidated_beside(kind, model)
+    ewc = consolidated(kind, model)
     assert not steps
     assert same(ewc.anchor, dict(model.state_dict()))
 
 
 def test_row_20a_hooks_on_gradients(kind):
-    """They belong to training: clipping there is no part of the Fisher, on any path."""
+    """Hooks belong to training: the Fisher is that of gradients that are not clipped."""
     model = make_model()
     expected = oracle.fisher(model, make_task())
     seen = []
@@ -108,7 +108,7 @@ def test_row_20a_hooks_on_gradients(kind):
 
     for parameter in model.parameters():
         parameter.register_hook(clip)
-    ewc = consolidated_beside(kind, model)
+    ewc = consolidated(kind, model)
     assert not seen
     assert_close(ewc.fisher, expected)
 
@@ -116,7 +116,7 @@ def test_row_20a_hooks_on_gradients(kind):
 def test_row_21_batch_norm_and_dropout_in_train_mode(kind):
     model = Norms()
     expected = oracle.fisher(model.eval(), make_task())
-    ewc = consolidated_beside(kind, model.train())
+    ewc = consolidated(kind, model.train())
     assert_close(ewc.fisher, expected)
 
 
@@ -155,10 +155,12 @@ def test_row_21a_a_loader_that_runs_the_model(kind):
 def test_row_21_buffers_of_any_kind(kind, buffer):
     model = make_model()
     expected = oracle.fisher(model, make_task())
+    before = buffer.clone()
     model.register_buffer("extra", buffer)
     ewc = kind(model, Classification())
     ewc.consolidate(make_task())
     assert model.extra is buffer
+    torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
     assert_close(ewc.fisher, expected)
 
 
@@ -178,7 +180,7 @@ def test_row_21_buffers_that_a_forward_writes(kind):
             return self.layer(x)
 
     model = Counting()
-    consolidated_beside(kind, model)
+    consolidated(kind, model)
     assert model.calls == 0
 
 
@@ -196,7 +198,7 @@ def test_row_22_the_same_seed(kind, source):
     assert not same(fisher(3), fisher(4))
 
 
-def test_row_22_without_draws_the_random_state_is_as_it_was(kind):
+def test_row_22_the_random_state_does_not_move_without_draws(kind):
     for fisher_type in ("empirical", "exact"):
         model, ewc = make(kind, n_tasks=0, fisher_type=fisher_type)
         with unchanged(None, model):
@@ -212,7 +214,7 @@ def test_row_23_consolidated_inside(kind, mode):
         ewc.consolidate([(x.clone(), y.clone()) for x, y in make_task()])
         state = ewc.state_dict()
     assert_close(ewc.fisher, expected)
-    # What was made inside must be of use outside.
+    # What was made inside must work in autograd outside.
     ewc().backward()
     other.load_state_dict(state)
     other().backward()
@@ -222,7 +224,7 @@ def test_row_23_called_inside(kind):
     model, ewc = make(kind)
     expected = ewc().item()
     for mode in (torch.no_grad, torch.inference_mode):
-        ewc = pickle.loads(pickle.dumps(ewc))  # what the first call keeps is made inside
+        ewc = pickle.loads(pickle.dumps(ewc))  # what the first call caches is made inside
         with mode():
             penalty = ewc()
         assert penalty.item() == expected

@@ -37,7 +37,7 @@ def test_a_list_of_weights() -> None:
     assert_close(forward(model, x), (x @ weight + bias) * scale)
 
 
-def test_a_function_of_the_batch_also_inside_vmap() -> None:
+def test_a_function_of_the_batch_inside_vmap() -> None:
     model, x, tasks = Modulated(), torch.randn(4, 3), torch.arange(4.0)
     forward = context_mod_forward(by_task)
     expected = forward(model, (x, None, tasks))
@@ -45,7 +45,7 @@ def test_a_function_of_the_batch_also_inside_vmap() -> None:
     assert_close(found, expected)
 
 
-def test_gradients_reach_the_internal_parameters_in_functional_calls() -> None:
+def test_functional_calls_replace_the_internal_parameters() -> None:
     model, x = Modulated(), torch.randn(4, 3)
     forward = context_mod_forward([torch.ones(2)])
 
@@ -57,9 +57,12 @@ def test_gradients_reach_the_internal_parameters_in_functional_calls() -> None:
         def forward(self, x: Tensor) -> Any:
             return forward(self.inner, (x,))
 
-    doubled = {f"inner.{name}": p * 2 for name, p in model.named_parameters()}
-    found = torch.func.functional_call(Wrapper(), doubled, (x,))
-    assert_close(found, 2 * forward(model, (x,)))
+    weight, bias = torch.randn(3, 2, requires_grad=True), torch.randn(2, requires_grad=True)
+    others = {"inner.internal_params.0": weight, "inner.internal_params.1": bias}
+    found = torch.func.functional_call(Wrapper(), others, (x,))
+    assert_close(found, x @ weight + bias)
+    gradients = torch.autograd.grad(found.sum(), [weight, bias])
+    assert_close(gradients, (x.sum(0).unsqueeze(1).expand(3, 2), torch.full((2,), 4.0)))
 
 
 def test_copies_and_pickles() -> None:
@@ -70,11 +73,11 @@ def test_copies_and_pickles() -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, torch.zeros(2), [torch.zeros(2), 3], "weights"])
-def test_no_weights(value: Any) -> None:
+def test_invalid_weights(value: Any) -> None:
     with pytest.raises(TypeError, match=r"mod_weights must be .*; found"):
         context_mod_forward(value)
 
 
-def test_inputs_that_are_no_tensor() -> None:
+def test_inputs_that_are_not_one_tensor() -> None:
     with pytest.raises(InvalidBatch, match=r"one tensor of inputs; found the inputs \{'x'"):
         context_mod_forward([torch.ones(2)])(Modulated(), {"x": torch.randn(4, 3)})
