@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import ewc
 import ewc.fisher
 import ewc.likelihoods
+from tests.support.pages import blocks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^(?:```python|<!-- setup)\n(.*?)^(?:```|-->)$", re.MULTILINE | re.DOTALL)
 
 # The table "hypnettorch's functions, and where each went": what each row names, there and here.
 HYPNETTORCH = [
@@ -37,11 +37,6 @@ HYPNETTORCH = [
     (["empirical_fisher=False"], ['fisher_type="exact"', '"mc"']),
     (["proper_scaling", "prior_strength"], ['reduction="sum"', "prior_precision"]),
 ]
-
-
-def blocks(text: str) -> list[tuple[int, str]]:
-    """The executable blocks of a page: the line that each begins at, and its code."""
-    return [(text[: m.start(1)].count("\n"), m[1]) for m in BLOCK.finditer(text)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

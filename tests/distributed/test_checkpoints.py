@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ewc import EWC, Classification, OnlineEWC
-from tests.distributed.test_sharded import build, data, full, shard, share
+from tests.distributed.models import build, data, full, shard, share
 from tests.distributed.workers import Workers
 
 KINDS = {"EWC": EWC, "OnlineEWC": OnlineEWC}

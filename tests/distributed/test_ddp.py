@@ -1,14 +1,13 @@
 """Data sharded over processes that each hold the whole model."""
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ewc import EWC, Classification, OnlineEWC
 from tests import oracle
+from tests.distributed.models import share
 from tests.distributed.workers import Workers
-from tests.support.asserts import raises
+from tests.support.asserts import assert_close, raises
 from tests.support.tasks import make_model, make_task
 
 
@@ -16,24 +15,7 @@ def shares(rank: int, world: int, sizes: list[int]) -> tuple[list, tuple]:
     """This rank's batches, of other sizes than the others', and all samples as one batch."""
     task = [make_task(seed, batches=1, size=size) for seed, size in enumerate(sizes) if size]
     joined = tuple(torch.cat(column) for column in zip(*[t[0] for t in task], strict=True))
-    begin = sum(sizes[:rank])
-    x, y = (each[begin : begin + sizes[rank]] for each in joined)
-    step = 2 + rank
-    return [(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step)], joined
-
-
-def expected(model: nn.Module, batch: tuple) -> dict[str, torch.Tensor]:
-    def nll(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(outputs, targets, reduction="none")
-
-    sums = oracle.empirical(model, batch, nll)
-    return {name: each / len(batch[1]) for name, each in sums.items()}
-
-
-def assert_equal(found: dict, right: dict) -> None:
-    assert list(found) == list(right)
-    for name, each in right.items():
-        torch.testing.assert_close(found[name].double(), each, rtol=1e-5, atol=1e-12)
+    return share(joined, rank, sizes), joined
 
 
 def uneven(rank: int, world: int, sizes: list[int], wrapped: bool) -> None:
@@ -47,7 +29,7 @@ def uneven(rank: int, world: int, sizes: list[int], wrapped: bool) -> None:
         summary = ewc.consolidate(own)
         assert summary.samples == sum(sizes)
         assert set(summary.paths.values()) == {"rule"}
-        assert_equal(ewc.fisher, expected(model, joined))
+        assert_close(ewc.fisher, oracle.fisher(model, [joined]), 1e-12, relative=1e-5)
         assert all((p.grad == rank).all() for p in model.parameters())
 
 

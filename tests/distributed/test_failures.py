@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from ewc import EWC, Classification, Custom, OnlineEWC
-from tests.distributed.test_sharded import build, data, nll, shard, share
+from tests.distributed.models import build, data, shard, share
 from tests.distributed.workers import Workers
+from tests.oracle import nll
 from tests.support.asserts import unchanged
 
 KINDS = {"EWC": EWC, "OnlineEWC": OnlineEWC}

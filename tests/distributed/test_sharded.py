@@ -23,120 +23,17 @@ from torch.utils.checkpoint import checkpoint
 from ewc import EWC, Classification, OnlineEWC
 from ewc.fisher.sharded.layers import Layers
 from tests import oracle
+from tests.distributed.models import CLASSES, MODELS, assert_whole, build, data, full, shard, share
 from tests.distributed.workers import Workers
+from tests.oracle import nll
 from tests.support.asserts import unchanged
-
-CLASSES = 5
-
-
-class Attentive(nn.Module):
-    """A layer of a transformer, a token and positions of its own, a tied head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(CLASSES, 8)
-        self.position = nn.Parameter(torch.randn(6, 8))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True) for _ in range(2)
-        )
-        self.norm = nn.LayerNorm(8)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        for layer in self.layers:
-            x = layer(x)
-        return F.linear(self.norm(x).mean(1), self.embed.weight)
-
-
-class Convolutional(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES)
-        )
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(3, 7, batch_first=True)
-        self.head = nn.Linear(7, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
-
-
-def perceptron() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, CLASSES)
-    )
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "perceptron": (perceptron, (6,)),
-    "convolutional": (Convolutional, (1, 6, 6)),
-    "recurrent": (Recurrent, (4, 3)),
-    "attentive": (Attentive, ()),
-}
-
-
-def build(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return MODELS[name][0]()
-
-
-def data(name: str, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.randint(CLASSES, (samples,), generator=generator)
-    if name == "attentive":
-        return torch.randint(CLASSES, (samples, 6), generator=generator), targets
-    return torch.randn(samples, *MODELS[name][1], generator=generator), targets
-
-
-def share(batch: tuple[Tensor, Tensor], rank: int, sizes: list[int]) -> list[Any]:
-    begin = sum(sizes[:rank])
-    x, y = (each[begin : begin + sizes[rank]] for each in batch)
-    step = 2 + rank
-    return [(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step)]
-
-
-def nll(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
-def right(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    return {name: s / len(batch[1]) for name, s in oracle.empirical(model, batch, nll).items()}
-
-
-def assert_whole(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
-    assert list(found) == list(expected)
-    for name, each in expected.items():
-        assert isinstance(found[name], DTensor)
-        torch.testing.assert_close(found[name].full_tensor().double(), each, rtol=rtol, atol=1e-10)
-
-
-def shard(model: nn.Module, how: str, **options: Any) -> None:
-    if how == "layers":
-        for child in model.children():
-            for one in child if isinstance(child, nn.ModuleList) else [child]:
-                if any(True for _ in one.parameters()) and one is not getattr(model, "embed", None):
-                    fully_shard(one, **options)
-    if how == "nested":
-        for module in reversed(list(model.modules())):
-            own = any(True for _ in module.parameters(recurse=False))
-            inside = isinstance(module, nn.MultiheadAttention) or module is getattr(
-                model, "embed", None
-            )
-            if own and not inside and type(module).__name__ != "NonDynamicallyQuantizableLinear":
-                fully_shard(module, **options)
-    if not hasattr(model, "unshard"):
-        fully_shard(model, **options)
 
 
 def equals_one_process(rank: int, world: int, name: str, how: str) -> list[str]:
     model = build(name)
     sizes = [5, 9, 0, 4][:world] if how != "root" else [6, 3, 5, 2][:world]
     batch = data(name, sum(sizes))
-    expected = right(model, batch)
+    expected = oracle.fisher(model, [batch])
     shard(model, how)
     paths = []
     for kind in (EWC, OnlineEWC):
@@ -182,7 +79,7 @@ def checkpointed(rank: int, world: int, wrapped: bool) -> None:
     batch = data("perceptron", 8)
     expected = {
         name.replace("_checkpoint_wrapped_module.", ""): each
-        for name, each in right(model, batch).items()
+        for name, each in oracle.fisher(model, [batch]).items()
     }
     if wrapped:
         fully_shard(model.first)
@@ -228,7 +125,7 @@ def with_replicas(rank: int, world: int) -> None:
     model = build("perceptron")
     sizes = [3, 0, 4, 2]
     batch = data("perceptron", sum(sizes))
-    expected = right(model, batch)
+    expected = oracle.fisher(model, [batch])
     for child in model:
         if isinstance(child, nn.Linear):
             fully_shard(child, mesh=mesh)
@@ -249,7 +146,7 @@ TENSOR_PARALLEL = {"0": ColwiseParallel(), "2": RowwiseParallel()}
 def tensor_parallel(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     batch = data("perceptron", 6)
-    expected = right(build("perceptron"), batch)
+    expected = oracle.fisher(build("perceptron"), [batch])
     for kind in (EWC, OnlineEWC):
         model = build("perceptron")
         parallelize_module(model, mesh["tp"], TENSOR_PARALLEL)
@@ -289,11 +186,6 @@ def assert_trains(model: nn.Module, ewc: EWC, batch: tuple[Tensor, Tensor]) -> N
     model.zero_grad()
 
 
-def full(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
 def test_tensor_parallel(two: Workers) -> None:
     two.run(tensor_parallel)
 
@@ -302,7 +194,7 @@ def tensor_parallel_and_sharded(rank: int, world: int) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     sizes = [3, 5]
     batch = data("perceptron", sum(sizes))
-    expected = right(build("perceptron"), batch)
+    expected = oracle.fisher(build("perceptron"), [batch])
     for kind in (EWC, OnlineEWC):
         model = build("perceptron")
         parallelize_module(model, mesh["tp"], TENSOR_PARALLEL)
@@ -328,7 +220,7 @@ def mixed_precision(rank: int, world: int) -> None:
     sizes = [4, 3, 2, 5][:world]
     batch = data("perceptron", sum(sizes))
     narrow = copy.deepcopy(model).bfloat16()
-    expected = right(narrow, (batch[0].bfloat16(), batch[1]))
+    expected = oracle.fisher(narrow, [(batch[0].bfloat16(), batch[1])])
     shard(model, "layers", mp_policy=policy)
     ewc = EWC(model, Classification())
     ewc.consolidate(share(batch, rank, sizes))
@@ -445,7 +337,7 @@ def in_the_middle_of_training(rank: int, world: int) -> None:
     """The root stays whole between forward and backward; its sharded parameter counts."""
     model = build("perceptron")
     fully_shard(model)
-    expected = right(build("perceptron"), data("perceptron", 8))
+    expected = oracle.fisher(build("perceptron"), [data("perceptron", 8)])
     ewc = EWC(model, Classification(), strength=3.0)
     model(data("perceptron", 8)[0])
     assert not isinstance(model[0].weight, DTensor)
@@ -483,7 +375,7 @@ class Unwrapping(Classification):
 def outputs_that_cannot_be_tried_out(rank: int, world: int) -> None:
     """Whatever was given up in the middle, no square is counted twice."""
     model = Opaque(*build("perceptron"))
-    expected = right(nn.Sequential(*model), data("perceptron", 6))
+    expected = oracle.fisher(nn.Sequential(*model), [data("perceptron", 6)])
     for child in model:
         if isinstance(child, nn.Linear) and child is not model[-1]:
             fully_shard(child)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ewc import EWC, Classification
 from tests.integrations.recipes import (
     Contract,
-    assert_close,
+    assert_near,
     gradients,
     move,
     named,
@@ -124,7 +124,7 @@ class TestTrainer(Contract):
         for found, loss in zip(steps, without, strict=True):
             before = named(loss, space.model)
             expected = {name: before[name] + penalty[name] for name in penalty}
-            assert_close(named(found, space.model), expected)
+            assert_near(named(found, space.model), expected)
 
 
 class Plain(nn.Module):
@@ -222,7 +222,7 @@ def test_whoever_scales_the_loss(attributes: Any, given: Any, bases: Any) -> Non
     loss = gradients(model, F.cross_entropy(logits(model, batch), batch["labels"]))
     penalty = gradients(model, written_out(ewc, model))
     found = gradients_of(mixed(*bases, **attributes), model, rows, ewc=ewc, **given)
-    assert_close(found, {name: loss[name] + penalty[name] for name in loss})
+    assert_near(found, {name: loss[name] + penalty[name] for name in loss})
 
 
 def test_label_smoothing() -> None:
@@ -239,7 +239,7 @@ def test_label_smoothing() -> None:
         ewc=space.ewc,
         arguments={"label_smoothing_factor": 0.1},
     )
-    assert_close(found, {name: loss[name] + penalty[name] for name in loss})
+    assert_near(found, {name: loss[name] + penalty[name] for name in loss})
 
 
 def test_without_the_mixin_it_counts_once_for_every_batch() -> None:
@@ -254,7 +254,7 @@ def test_without_the_mixin_it_counts_once_for_every_batch() -> None:
     loss = gradients(space.model, F.cross_entropy(*tokens(space, rows)))
     penalty = gradients(space.model, written_out(space.ewc, space.model))
     found = gradients_of(Naive, space.model, rows)
-    assert_close(found, {name: loss[name] + 4 * penalty[name] for name in loss})
+    assert_near(found, {name: loss[name] + 4 * penalty[name] for name in loss})
 
 
 def test_a_model_that_is_made_anew_is_refused() -> None:
