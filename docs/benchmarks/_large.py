@@ -104,6 +104,6 @@ LARGE = [
     Workload("ResNet-50", ResNet50, images(1000, 224), 64, 4),
 ]
 QUICK = [
-    Workload("GPT-2 small", lambda: GPT2(50, 16, 12, 2, 2), tokens(50, 12), 4, 3),
-    Workload("ResNet-50", lambda: ResNet50(4, (1, 1), 10), images(10, 32), 4, 3),
+    Workload("GPT-2 small", lambda: GPT2(20, 8, 6, 1, 2), tokens(20, 6), 4, 2),
+    Workload("ResNet-50", lambda: ResNet50(2, (1, 1), 5), images(5, 24), 4, 2),
 ]

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ewc._checks import check_materialised
 from ewc.model.names import find, is_parametrized
@@ -71,20 +72,29 @@ def check_finite(quadratics: Mapping[str, Quadratic], reduction: str) -> None:
     Raises:
         ValueError: A Fisher or an anchor is not finite; the message names them.
     """
-    overflowed = [name for name, q in quadratics.items() if not local(q.fisher).isfinite().all()]
+    overflowed = _non_finite({name: q.fisher for name, q in quadratics.items()})
     if overflowed:
         raise ValueError(
             f"The Fisher must be finite; that of {_listed(overflowed)} overflows. Fix: check the "
             "scale of the likelihood"
             + ("." if reduction == "mean" else ', or use reduction="mean".')
         )
-    non_finite = [name for name, q in quadratics.items() if not local(q.anchor).isfinite().all()]
+    non_finite = _non_finite({name: q.anchor for name, q in quadratics.items()})
     if non_finite:
         raise ValueError(
             f"Protected parameters must be finite; {_listed(non_finite)} has NaN or infinite "
             "entries. Fix: repair the values, or exclude the parameter by requires_grad_(False) "
             "or the argument parameters."
         )
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those with an entry that is NaN or infinite; read from the device at once."""
+    if not tensors:
+        return []
+    finite = [local(each).isfinite().all() for each in tensors.values()]
+    read = torch.stack([each.to(finite[0].device) for each in finite]).tolist()
+    return [name for name, one in zip(tensors, read, strict=True) if not one]
 
 
 def _listed(names: list[str]) -> str:
