@@ -268,14 +268,32 @@ class Branches(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, use_reentrant: bool = False) -> None:
+    """Runs a part of itself again in the reverse pass.
+
+    Args:
+        use_reentrant: By PyTorch's older way, which the library refuses.
+        width: Of the inputs.
+        first: A layer in front of that part.
+        differentiable: Whether inputs require a gradient, as the older way needs.
+    """
+
+    def __init__(
+        self,
+        use_reentrant: bool = False,
+        *,
+        width: int = 4,
+        first: nn.Module | None = None,
+        differentiable: bool = False,
+    ) -> None:
         super().__init__()
-        self.block = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
+        self.first = nn.Identity() if first is None else first
+        self.block = nn.Sequential(nn.Linear(width, 5), nn.Tanh())
         self.read = nn.Linear(5, 3)
-        self.use_reentrant = use_reentrant
+        self.use_reentrant, self.differentiable = use_reentrant, differentiable
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_() if self.use_reentrant else x
+        x = self.first(x)
+        x = x.clone().requires_grad_() if self.differentiable else x
         return self.read(checkpoint(self.block, x, use_reentrant=self.use_reentrant))
 
 

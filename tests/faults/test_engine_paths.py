@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ewc import Classification, SlowPathWarning, ZeroFisherWarning
 from tests import architectures, oracle
+from tests.architectures import Checkpointed
 from tests.support.asserts import assert_close, raises, unchanged
 from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task, shift
 
@@ -63,24 +63,15 @@ def test_row_38_complex_parameter(kind):
     )
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, use_reentrant, grad_inputs):
-        super().__init__()
-        torch.manual_seed(0)
-        self.block = nn.Sequential(nn.Linear(INPUTS, 6), nn.Tanh())
-        self.head = nn.Linear(6, CLASSES)
-        self.use_reentrant, self.grad_inputs = use_reentrant, grad_inputs
-
-    def forward(self, x):
-        if self.grad_inputs:
-            x = x.clone().requires_grad_()
-        return self.head(checkpoint(self.block, x, use_reentrant=self.use_reentrant))
+def checkpointed(use_reentrant, differentiable):
+    torch.manual_seed(0)
+    return Checkpointed(use_reentrant, width=INPUTS, differentiable=differentiable)
 
 
 @SLOW
-@pytest.mark.parametrize("grad_inputs", [False, True])
-def test_row_40_checkpointing_is_exact(kind, grad_inputs):
-    model = Checkpointed(False, grad_inputs)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_row_40_checkpointing_is_exact(kind, differentiable):
+    model = checkpointed(False, differentiable)
     _, ewc = make(kind, model, n_tasks=0)
     ewc.consolidate(make_task())
     assert_close(ewc.fisher, oracle.fisher(model, make_task()))
@@ -88,7 +79,7 @@ def test_row_40_checkpointing_is_exact(kind, grad_inputs):
 
 
 def test_row_40_reentrant_checkpointing_is_refused(kind):
-    model = Checkpointed(True, True)
+    model = checkpointed(True, True)
     ewc = kind(model, Classification())
     parts = ("reentrant activation checkpointing", "would be zero", "use_reentrant=False")
     with unchanged(ewc, model), raises(ValueError, *parts):
@@ -98,7 +89,7 @@ def test_row_40_reentrant_checkpointing_is_refused(kind):
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @SLOW
 def test_row_40_what_training_does_not_reach_either_is_said(kind):
-    model = Checkpointed(True, False)
+    model = checkpointed(True, False)
     ewc = kind(model, Classification())
     with pytest.warns(ZeroFisherWarning) as caught:
         ewc.consolidate(make_task())

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import rnn
-from torch.utils.checkpoint import checkpoint
 
 from ewc import EWC, Classification, Custom
 from tests import oracle
+from tests.architectures import Checkpointed
 from tests.oracle import nll
 from tests.support.asserts import assert_close
 from tests.support.collecting import collected
@@ -194,23 +194,11 @@ def test_sequences_packed_in_forward(fisher_type: str) -> None:
     check(Packed().double(), (x, torch.tensor([5, 3, 1, 4, 5, 2])), y, fisher_type)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, *, reentrant: bool) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.block = nn.Sequential(nn.Linear(4, 5), nn.Tanh())
-        self.read = nn.Linear(5, 3)
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.read(checkpoint(self.block, self.first(x), use_reentrant=self.reentrant))
-
-
 @pytest.mark.parametrize("fisher_type", TYPES)
 def test_row_40_checkpoints(fisher_type: str) -> None:
     torch.manual_seed(0)
-    check(Checkpointed(reentrant=False).double(), *data(4), fisher_type)
-    net = Checkpointed(reentrant=True).double()
+    check(Checkpointed(first=nn.Linear(4, 4)).double(), *data(4), fisher_type)
+    net = Checkpointed(True, first=nn.Linear(4, 4)).double()
     ewc = EWC(net, Given(), fisher_type=fisher_type)
     with pytest.raises(ValueError, match="use_reentrant=False"):
         ewc.consolidate([data(4)])
