@@ -7,9 +7,9 @@ run too.
 """
 
 import doctest
+import inspect
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from tests.support.pages import blocks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_CODE = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))]
 
 # The table "hypnettorch's functions, and where each went": what each row names, there and here.
 HYPNETTORCH = [
@@ -39,7 +40,7 @@ HYPNETTORCH = [
 ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}
@@ -62,8 +63,7 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_pages_that_show_code_have_blocks_that_run(name: str) -> None:
-    page = next(page for page in PAGES if page.stem == name)
-    assert blocks(page.read_text(encoding="utf-8"))
+    assert name in {page.stem for page in WITH_CODE}
 
 
 @pytest.mark.parametrize(("there", "here"), HYPNETTORCH, ids=lambda names: names[0])
@@ -87,16 +87,17 @@ def test_the_checks_run_the_commands_of_the_readme() -> None:
     assert 'pip install -e ".[examples]" && python docs/examples/permuted_digits.py' in readme
 
 
-def public() -> list[object]:
-    """Whatever `ewc`, `ewc.fisher` and `ewc.likelihoods` export."""
+def with_examples() -> list[object]:
+    """The classes and functions of `ewc`, `ewc.fisher` and `ewc.likelihoods` with examples."""
     modules = (ewc, ewc.fisher, ewc.likelihoods)
-    return [getattr(module, name) for module in modules for name in module.__all__]
+    names = [getattr(module, name) for module in modules for name in module.__all__]
+    public = {id(each): each for each in names if inspect.isclass(each) or inspect.isfunction(each)}
+    finder = doctest.DocTestFinder()
+    return [each for each in public.values() if any(test.examples for test in finder.find(each))]
 
 
-@pytest.mark.parametrize("each", public(), ids=lambda each: getattr(each, "__name__", "-"))
+@pytest.mark.parametrize("each", with_examples(), ids=lambda each: each.__name__)
 def test_examples_in_docstrings_run(each: object) -> None:
-    if isinstance(each, str) or get_args(each):  # `__version__`, `FisherType`
-        return
     torch.manual_seed(0)
     model = nn.Linear(4, 5)
     data = TensorDataset(torch.randn(20, 4), torch.randint(5, (20,)))

@@ -131,9 +131,9 @@ def test_row_41_a_layer_that_vmap_cannot_do(kind):
     assert set(summary.paths.values()) == {"loop"}
     assert set(summary.reasons) == set(summary.paths)
     assert "setup_context" in summary.reasons["w"]
-    assert "loop (one sample at a time, slow): w, head.weight, head.bias\n    because" in repr(
-        summary
-    )
+    *_, last = repr(summary).splitlines()
+    assert last.startswith("  loop because vmap cannot do it (RuntimeError: ")
+    assert last.endswith("): w, head.weight, head.bias")
 
 
 @pytest.mark.parametrize("name", ["moves the batch axis", "own function", "direct", "products"])
