@@ -90,7 +90,8 @@ def collectable(model: nn.Module, selected: Collection[str] | None) -> dict[str,
     if not parameters:
         raise ValueError(
             "There must be a parameter to protect; found none with requires_grad among "
-            f"{'those of the model' if selected is None else 'the names given'}."
+            f"{'those of the model' if selected is None else 'the names given'}. "
+            "Fix: set requires_grad_(True) on the parameters to protect, or name others."
         )
     check_materialised(parameters.items())
     check_initialised(named_parameters(model).items())
@@ -98,14 +99,17 @@ def collectable(model: nn.Module, selected: Collection[str] | None) -> dict[str,
 
 
 def check_released(names: Sequence[object], known: Collection[str]) -> None:
-    """Refuse names that `forget` cannot release.
+    """Refuse names that `EWC.forget` cannot release.
 
     Raises:
         TypeError: There is no name, or one is not a string.
         ValueError: Names are not among the `known` ones; all of them are listed.
     """
     if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"forget takes one or more names of parameters; found {names!r}.")
+        raise TypeError(
+            f"forget must get one or more names of parameters; found {names!r}. "
+            "Fix: pass names as separate arguments."
+        )
     unknown = [
         f"{name!r} ({nearest(name, known)})"
         for name in names
@@ -113,8 +117,8 @@ def check_released(names: Sequence[object], known: Collection[str]) -> None:
     ]
     if unknown:
         raise ValueError(
-            "forget takes the names of protected parameters; found unknown ones: "
-            f"{'; '.join(unknown)}."
+            "forget must get names of protected parameters; found unknown ones: "
+            f"{'; '.join(unknown)}. Fix: take names from the property fisher."
         )
 
 

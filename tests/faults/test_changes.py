@@ -266,7 +266,7 @@ def test_row_36a_forgetting_a_name_that_is_unknown(kind):
     ):
         ewc.forget("0.bias", "0.wieght", "2.bais")
     for names in ((), (["0.bias"],), (3,)):
-        with unchanged(ewc, model), raises(TypeError, "forget takes one or more names of"):
+        with unchanged(ewc, model), raises(TypeError, "forget must get one or more names of"):
             ewc.forget(*names)
 
 
