@@ -7,15 +7,15 @@ new state, or nothing; all other methods read the state.
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ewc._checks import choice, number, positive_int
+from ewc._checks import number
 from ewc._options import FisherType, Reduction
 from ewc._summary import Summary
-from ewc._task import Estimate, Task, check_forward, check_likelihood, checked_task
+from ewc._task import Estimate, Settings, Task, check_forward, check_likelihood
 from ewc.data.calling import Forward
 from ewc.likelihoods import Likelihood
 from ewc.model.names import find, named_parameters, unwrap
@@ -102,14 +102,10 @@ class EWC:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module; found {type(model).__name__}.")
         self.strength = strength
-        self._fisher_type: FisherType = choice("fisher_type", fisher_type, get_args(FisherType))
-        self._reduction: Reduction = choice("reduction", reduction, get_args(Reduction))
-        check_likelihood(likelihood, self._fisher_type)
+        self._settings = Settings.checked(fisher_type, reduction, max_samples)
+        check_likelihood(likelihood, self._settings.fisher_type)
         check_forward(forward)
         self._likelihood, self._forward = likelihood, forward
-        self._max_samples = (
-            None if max_samples is None else positive_int("max_samples", max_samples)
-        )
         self._process_group = wrapper_group(model) if process_group is None else process_group
         self._model = unwrap(model)
         self._chosen = None if parameters is None else select(model, parameters)
@@ -200,8 +196,8 @@ class EWC:
 
         Raises:
             TypeError: An argument is of the wrong kind.
-            ValueError: An argument is out of range, the data or the likelihood is invalid, every
-                entry of the Fisher is zero, or the processes differ in what must be the same.
+            ValueError: An argument, the data or the likelihood is invalid, every entry of the
+                Fisher is zero, or the processes differ in what must be the same.
             RuntimeError: It has failed on another process.
 
         Warns:
@@ -210,25 +206,18 @@ class EWC:
         """
         ranks = ranks_of(self._model, self._process_group)
         with ranks.all_or_none():
-            task = checked_task(
+            task = Task.checked(
                 batches,
                 self._likelihood if likelihood is None else likelihood,
                 self._forward if forward is None else forward,
                 dataset_size,
                 generator,
-                fisher_type=self._fisher_type,
+                fisher_type=self._settings.fisher_type,
             )
             parameters = self._agreed_parameters(task, ranks)
             randomness = Randomness(parameter.device for parameter in parameters.values())
             with randomness.unchanged_on_failure(generator):
-                estimate = task.estimate(
-                    self._model,
-                    parameters,
-                    fisher_type=self._fisher_type,
-                    reduction=self._reduction,
-                    max_samples=self._max_samples,
-                    ranks=ranks,
-                )
+                estimate = task.estimate(self._model, parameters, self._settings, ranks)
                 binding, summary = self._consolidated(parameters, estimate)
                 estimate.warn(self._state)
                 ranks.barrier("the end")
@@ -316,7 +305,8 @@ class EWC:
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(strength={self.strength:g}, "
-            f"fisher_type={self._fisher_type!r}, reduction={self._reduction!r}, "
+            f"fisher_type={self._settings.fisher_type!r}, "
+            f"reduction={self._settings.reduction!r}, "
             f"n_tasks={self.n_tasks}, parameters={len(self._state.quadratics)})"
         )
 
@@ -335,8 +325,8 @@ class EWC:
         """The options that give the numbers in a state their meaning."""
         return {
             "kind": self._kind,
-            "fisher_type": self._fisher_type,
-            "reduction": self._reduction,
+            "fisher_type": self._settings.fisher_type,
+            "reduction": self._settings.reduction,
             **self._accumulation.configuration(),
         }
 
@@ -350,7 +340,7 @@ class EWC:
                 **{f"the shape of {name!r}": tuple(p.shape) for name, p in parameters.items()},
                 **{key: one for key, one in configuration.items() if not isinstance(one, dict)},
                 "strength": self._strength,
-                "max_samples": self._max_samples,
+                "max_samples": self._settings.max_samples,
                 "dataset_size": task.dataset_size,
                 "n_tasks": self.n_tasks,
             }
@@ -366,7 +356,7 @@ class EWC:
             quadratics = self._accumulation.next_quadratics(
                 self._model, old.quadratics, parameters, estimate.fisher
             )
-            check_finite(quadratics, self._reduction)
+            check_finite(quadratics, self._settings.reduction)
             state = State(
                 quadratics,
                 old.n_tasks + 1,

@@ -1,14 +1,18 @@
-"""One task to consolidate: its data and options, and the Fisher estimate computed from them."""
+"""One task to consolidate: its data and options, and the Fisher estimate computed from them.
+
+The functions and classes are in the order of use: arguments are checked, a `Task` is made of them,
+and it gives an `Estimate`.
+"""
 
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ewc._checks import positive_int
+from ewc._checks import choice, positive_int
 from ewc._options import FisherType, Reduction
 from ewc._summary import Summary, measure
 from ewc.data.calling import Forward
@@ -26,6 +30,172 @@ _REQUIRED_METHODS = {
 
 
 @dataclass(frozen=True)
+class Settings:
+    """The options of an object for all of its consolidations.
+
+    Attributes:
+        fisher_type: Whose targets the Fisher is taken over.
+        reduction: Whether it is the mean or the sum over samples.
+        max_samples: The most samples per consolidation, or None.
+    """
+
+    fisher_type: FisherType
+    reduction: Reduction
+    max_samples: int | None
+
+    @classmethod
+    def checked(
+        cls, fisher_type: FisherType, reduction: Reduction, max_samples: int | None
+    ) -> "Settings":
+        """The settings, if they are valid.
+
+        Raises:
+            TypeError: `max_samples` is not an integer.
+            ValueError: An option is none of its words, or `max_samples` is less than 1.
+        """
+        return cls(
+            choice("fisher_type", fisher_type, get_args(FisherType)),
+            choice("reduction", reduction, get_args(Reduction)),
+            None if max_samples is None else positive_int("max_samples", max_samples),
+        )
+
+
+def check_likelihood(likelihood: Likelihood, fisher_type: FisherType) -> None:
+    """Refuse what is no likelihood, or does not support `fisher_type`.
+
+    Raises:
+        TypeError: It is not a `Likelihood`.
+        ValueError: It does not define the method that `fisher_type` needs.
+    """
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            f"likelihood must be a Likelihood, such as Classification(); found {likelihood!r}. "
+            "Fix: for a function, use Custom(nll)."
+        )
+    if not likelihood.supports(fisher_type):
+        raise ValueError(
+            f"{type(likelihood).__name__} must define {_REQUIRED_METHODS[fisher_type]} for "
+            f"fisher_type={fisher_type!r}; found no definition. Fix: define it, or choose "
+            'fisher_type="empirical".'
+        )
+
+
+def check_forward(forward: Forward | None) -> None:
+    """Refuse a `forward` that cannot be called.
+
+    Raises:
+        TypeError: It is neither None nor a function.
+    """
+    if forward is not None and not callable(forward):
+        raise TypeError(
+            "forward must be a function forward(model, batch) -> outputs; found "
+            f"{type(forward).__name__}."
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data of one task, and the options that hold for it alone.
+
+    Attributes:
+        batches: The batches.
+        likelihood: The likelihood, which supports the Fisher type.
+        forward: `forward(model, batch) -> outputs`, or None.
+        dataset_size: The number of samples of the task, or None.
+        generator: Source of the draws of `fisher_type="mc"`, or None for the global one.
+    """
+
+    batches: Iterable[Any]
+    likelihood: Likelihood
+    forward: Forward | None
+    dataset_size: int | None
+    generator: torch.Generator | None
+
+    @classmethod
+    def checked(
+        cls,
+        batches: Iterable[Any],
+        likelihood: Likelihood,
+        forward: Forward | None,
+        dataset_size: int | None,
+        generator: torch.Generator | None,
+        *,
+        fisher_type: FisherType,
+    ) -> "Task":
+        """A task, if the arguments of `consolidate` are valid.
+
+        Raises:
+            TypeError: An argument is of the wrong kind.
+            ValueError: An argument is out of range, or the likelihood does not support
+                `fisher_type`.
+        """
+        if not isinstance(batches, Iterable):
+            raise TypeError(
+                "batches must be an iterable of batches, such as a DataLoader; found "
+                f"{type(batches).__name__}."
+            )
+        check_likelihood(likelihood, fisher_type)
+        check_forward(forward)
+        if dataset_size is not None:
+            dataset_size = positive_int("dataset_size", dataset_size)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator; found {type(generator).__name__}."
+            )
+        return cls(batches, likelihood, forward, dataset_size, generator)
+
+    def estimate(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        settings: Settings,
+        ranks: Ranks,
+    ) -> "Estimate":
+        """Estimate the diagonal Fisher in one pass over the batches.
+
+        Raises:
+            ValueError: The data is invalid, the number of samples is needed and not known, or
+                every entry of the Fisher is zero.
+        """
+        squares = collect(
+            model,
+            parameters,
+            self.batches,
+            likelihood=self.likelihood,
+            forward=self.forward,
+            fisher_type=settings.fisher_type,
+            max_samples=settings.max_samples,
+            generator=self.generator,
+            ranks=ranks,
+        )
+        with torch.inference_mode(False), torch.no_grad():
+            weight = 1 if settings.reduction == "mean" else self._n_samples(squares, ranks)
+            fisher = {
+                name: each.div_(squares.samples / weight).contiguous()
+                for name, each in squares.sums.items()
+            }
+            return Estimate(fisher, _zero_names(fisher, ranks), squares)
+
+    def _n_samples(self, squares: Squares, ranks: Ranks) -> int:
+        """The number of samples of the task, of which a pass may have seen only some."""
+        if self.dataset_size is not None:
+            return self.dataset_size
+        if not squares.truncated:
+            return squares.samples
+        try:
+            dataset: Any = self.batches.dataset  # type: ignore[attr-defined]
+            size = positive_int("len(batches.dataset)", len(dataset))
+        except (AttributeError, TypeError):
+            raise ValueError(
+                'The number of samples must be known for reduction="sum"; found that max_samples '
+                "has ended the pass early, and that batches.dataset has no length. Fix: pass "
+                "dataset_size."
+            ) from None
+        ranks.agree({"len(batches.dataset); pass dataset_size": size})
+        return size
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The Fisher estimate of one task.
 
@@ -40,7 +210,7 @@ class Estimate:
     squares: Squares
 
     def warn(self, state: State) -> None:
-        """Warn the caller's caller of what `state` has not recorded as warned of already.
+        """Issue the warnings that `state` has not recorded yet, for the caller of `consolidate`.
 
         Warns:
             ZeroFisherWarning: Once for each parameter in `zero` that has entries.
@@ -88,140 +258,6 @@ class Estimate:
             "The samples of this task were run one at a time, which gives the same Fisher and "
             f"takes longer, for {found}. To avoid it, make the forward run under torch.func.vmap, "
             "or add a rule for the operation (ewc.fisher.rule)."
-        )
-
-
-@dataclass(frozen=True)
-class Task:
-    """The data of one task, and the options that hold for it. `checked_task` makes one.
-
-    Attributes:
-        batches: The batches.
-        likelihood: The likelihood, which supports the Fisher type.
-        forward: `forward(model, batch) -> outputs`, or None.
-        dataset_size: The number of samples of the task, or None.
-        generator: Source of the draws of `fisher_type="mc"`, or None for the global one.
-    """
-
-    batches: Iterable[Any]
-    likelihood: Likelihood
-    forward: Forward | None
-    dataset_size: int | None
-    generator: torch.Generator | None
-
-    def estimate(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        *,
-        fisher_type: FisherType,
-        reduction: Reduction,
-        max_samples: int | None,
-        ranks: Ranks,
-    ) -> Estimate:
-        """Estimate the diagonal Fisher in one pass over the batches.
-
-        Raises:
-            ValueError: The data is not as it should be, the number of samples is needed and not
-                known, or every entry of the Fisher is zero.
-        """
-        squares = collect(
-            model,
-            parameters,
-            self.batches,
-            likelihood=self.likelihood,
-            forward=self.forward,
-            fisher_type=fisher_type,
-            max_samples=max_samples,
-            generator=self.generator,
-            ranks=ranks,
-        )
-        with torch.inference_mode(False), torch.no_grad():
-            weight = 1 if reduction == "mean" else self._n_samples(squares, ranks)
-            fisher = {
-                name: each.div_(squares.samples / weight).contiguous()
-                for name, each in squares.sums.items()
-            }
-            return Estimate(fisher, _zero_names(fisher, ranks), squares)
-
-    def _n_samples(self, squares: Squares, ranks: Ranks) -> int:
-        """The number of samples of the task, of which a pass may have seen only some."""
-        if self.dataset_size is not None:
-            return self.dataset_size
-        if not squares.truncated:
-            return squares.samples
-        try:
-            dataset: Any = self.batches.dataset  # type: ignore[attr-defined]
-            size = positive_int("len(batches.dataset)", len(dataset))
-        except (AttributeError, TypeError):
-            raise ValueError(
-                'The number of samples must be known for reduction="sum"; found that max_samples '
-                "has ended the pass early, and that batches.dataset has no length. Fix: pass "
-                "dataset_size."
-            ) from None
-        ranks.agree({"len(batches.dataset); pass dataset_size": size})
-        return size
-
-
-def checked_task(
-    batches: Iterable[Any],
-    likelihood: Likelihood,
-    forward: Forward | None,
-    dataset_size: int | None,
-    generator: torch.Generator | None,
-    *,
-    fisher_type: FisherType,
-) -> Task:
-    """A task, if the arguments of `consolidate` are valid.
-
-    Raises:
-        TypeError: An argument is of the wrong kind.
-        ValueError: An argument is out of range, or the likelihood does not support `fisher_type`.
-    """
-    if not isinstance(batches, Iterable):
-        raise TypeError(
-            "batches must be an iterable of batches, such as a DataLoader; found "
-            f"{type(batches).__name__}."
-        )
-    check_likelihood(likelihood, fisher_type)
-    check_forward(forward)
-    if dataset_size is not None:
-        dataset_size = positive_int("dataset_size", dataset_size)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator; found {type(generator).__name__}.")
-    return Task(batches, likelihood, forward, dataset_size, generator)
-
-
-def check_likelihood(likelihood: Likelihood, fisher_type: FisherType) -> None:
-    """Refuse what is no likelihood, or does not support `fisher_type`.
-
-    Raises:
-        TypeError: It is not a `Likelihood`.
-        ValueError: It does not define the method that `fisher_type` needs.
-    """
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            f"likelihood must be a Likelihood, such as Classification(); found {likelihood!r}. "
-            "Fix: for a function, use Custom(nll)."
-        )
-    if not likelihood.supports(fisher_type):
-        raise ValueError(
-            f"{type(likelihood).__name__} must define {_REQUIRED_METHODS[fisher_type]} for "
-            f"fisher_type={fisher_type!r}; found no definition. Fix: define it, or choose "
-            'fisher_type="empirical".'
-        )
-
-
-def check_forward(forward: Forward | None) -> None:
-    """Refuse a `forward` that cannot be called.
-
-    Raises:
-        TypeError: It is neither None nor a function.
-    """
-    if forward is not None and not callable(forward):
-        raise TypeError(
-            "forward must be a function forward(model, batch) -> outputs; found "
-            f"{type(forward).__name__}."
         )
 
 
