@@ -1,4 +1,4 @@
-"""Exact Elastic Weight Consolidation for PyTorch.
+"""Elastic Weight Consolidation for PyTorch.
 
 from ewc import EWC, Classification
 

@@ -112,7 +112,7 @@ class Summary:
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
-        slow = [f"  loop because {reason}: {_some(names)}" for reason, names in by_reason.items()]
+        slow = [f"  loop: {_some(names)}, because {reason}" for reason, names in by_reason.items()]
         return "\n".join([head, stable, self.table(), *slow])
 
     def table(self, rows: int = ROWS) -> str:

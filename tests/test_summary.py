@@ -44,7 +44,7 @@ def test_repr_and_print_are_totals_and_table_and_reasons():
         "  rnn            40    3.0%  0.00937   0.0625  loop",
         "  x               5    0.0%        0        0  earlier",
         "  all         1,276  100.0%   0.0098     0.25",
-        "  loop because it is used out of sight: rnn",
+        "  loop: rnn, because it is used out of sight",
     ]
 
 
@@ -59,9 +59,8 @@ def test_repr_is_capped():
     lines = repr(summary).splitlines()
     assert len(lines) == 2 + 1 + 20 + 1 + 1  # totals, header, rows, "all", one reason
     assert lines[-3].split()[:2] == ["31", "others"]
-    assert lines[-1].endswith(
-        ": 0.weight, 1.weight, 2.weight, 3.weight, 4.weight, 5.weight, ... (50 in all)"
-    )
+    assert lines[-1].startswith("  loop: 0.weight, 1.weight, ")
+    assert lines[-1].endswith(", 5.weight, ... (50 in all), because it is used out of sight")
 
 
 def test_table_folds_by_layer_and_then_drops_the_least():

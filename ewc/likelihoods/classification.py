@@ -31,11 +31,11 @@ class Classification(Pointwise, takes_batches=True):
     Targets then only say which positions count, and may be absent; present ones are validated.
 
     Args:
-        allowed_outputs: The head: indices of its outputs, in the order that targets
-            number them. None: all outputs.
+        allowed_outputs: The head: indices of its outputs, in the order in which targets number
+            them. None: all outputs.
         target_transform: Applied first to the targets of a batch, `transform(targets)`, and never
             to drawn ones. It sees any sub-batch, also inside vmap.
-        ignore_index: Class indices of this value mark positions that contribute nothing.
+        ignore_index: The class index of positions that contribute nothing.
 
     Raises:
         ValueError: `allowed_outputs` is empty, or has negative or repeated indices.

@@ -13,22 +13,21 @@ from ewc.likelihoods.heads import real_tensor
 from ewc.likelihoods.likelihood import Likelihood, redefines
 from ewc.likelihoods.pointwise import Pointwise
 
-# A step that redefines one of these computes what `TimeSeries`, which calls the methods below
-# them, would miss.
+# `TimeSeries` calls the methods of its step that these are made of, and so would ignore a step's
+# own definition of one of these.
 _SUMS = ("nll", "sample", "sampled_nll", "exact_terms")
 
 
 class TimeSeries(Likelihood, takes_batches=True):
     """The likelihood of a sequence: the NLL of a step, summed over time.
 
-    Outputs are `[S, N, F]`: S steps, N samples. Targets are what the step takes, behind time and
-    samples: `[S, N]` or `[S, N, F]`. A 2-D tensor right after the targets is a mask `[S, N]`,
-    boolean or weights >= 0 that multiply the NLL of a step; where it is 0, outputs and targets
-    may hold anything. 1-D extras (ids, lengths) are ignored. With `batch_first`, all of these are
-    `[N, S, ...]`.
+    Outputs are `[S, N, F]`: S steps, N samples. Targets are those of the step, with the dimensions
+    of time and samples in front: `[S, N]` or `[S, N, F]`. A 2-D tensor right after the targets is a
+    mask `[S, N]`, boolean or weights >= 0 that multiply the NLL of a step; where it is 0, outputs
+    and targets may hold anything. 1-D extras (ids, lengths) are ignored. With `batch_first`, all of
+    these are `[N, S, ...]`.
 
-    Exact Fisher: a sum over the terms of all steps. (The squared gradient of one draw for all
-    steps together is something else.)
+    Exact Fisher: a sum over the terms of all steps.
 
     Args:
         step: The likelihood of one step, on outputs `[n, F]`: a `Classification`, the default, a
@@ -77,8 +76,8 @@ class TimeSeries(Likelihood, takes_batches=True):
 
     @override
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
-        losses = self.step.weighted_nll(*self._steps(outputs, rest, required=True))
-        return self._over_time(losses, outputs)
+        nll = self.step.weighted_nll(*self._steps(outputs, rest, required=True))
+        return self._over_time(nll, outputs)
 
     @override
     def sample(self, outputs: Any, /) -> Tensor:
@@ -87,8 +86,8 @@ class TimeSeries(Likelihood, takes_batches=True):
 
     @override
     def sampled_nll(self, outputs: Any, /, *rest: Any) -> Tensor:
-        losses = self.step.weighted_sampled_nll(*self._steps(outputs, rest, required=False))
-        return self._over_time(losses, outputs)
+        nll = self.step.weighted_sampled_nll(*self._steps(outputs, rest, required=False))
+        return self._over_time(nll, outputs)
 
     @override
     def exact_terms(self, outputs: Any, *rest: Any) -> Tensor:
@@ -96,8 +95,8 @@ class TimeSeries(Likelihood, takes_batches=True):
         terms = terms.reshape(len(terms), *outputs.shape[:2])
         return (terms.transpose(1, 2) if self.batch_first else terms).flatten(0, 1)
 
-    def _over_time(self, losses: Tensor, outputs: Tensor) -> Tensor:
-        return losses.reshape(outputs.shape[:2]).sum(1 - self.batch_dim)
+    def _over_time(self, nll: Tensor, outputs: Tensor) -> Tensor:
+        return nll.reshape(outputs.shape[:2]).sum(1 - self.batch_dim)
 
     def _steps(
         self, outputs: Any, rest: tuple[Any, ...], *, required: bool
