@@ -1,6 +1,6 @@
 """The error about a batch, and the warnings.
 
-Each has a class of its own, so that it can be caught, silenced or turned into an error by itself.
+Each has a class of its own, so that it can be caught, silenced or turned into an error separately.
 """
 
 

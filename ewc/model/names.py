@@ -54,7 +54,7 @@ class Location:
         return sharded_original(self.fsdp_module, self.registry[self.key])
 
     def has(self, parameter: nn.Parameter) -> bool:
-        """Whether `parameter` is the one that is there now."""
+        """Whether `parameter` is at this location now."""
         found = _entry(self.registry, self.key)
         if found is parameter:
             return True

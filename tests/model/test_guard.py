@@ -1,4 +1,4 @@
-"""The guard by itself; rows 17d to 21 of `tests/faults/` see it through consolidations."""
+"""The guard alone; rows 17d to 21 of `tests/faults/` test it through consolidations."""
 
 import pytest
 import torch
