@@ -7,7 +7,7 @@ arithmetic of a small layer.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - no stub has it
@@ -30,12 +30,17 @@ def beneath() -> Iterator[None]:
 
 
 @contextmanager
-def outside() -> Iterator[None]:
-    """Leave every running `vmap` in this context."""
+def below(at: int) -> Iterator[None]:
+    """Leave the `vmap` at nesting level `at`, and all that run inside it, in this context."""
     with ExitStack() as stack:
-        while level():
+        while level() >= at:
             stack.enter_context(beneath())
         yield
+
+
+def outside() -> AbstractContextManager[None]:
+    """Leave every running `vmap` in this context."""
+    return below(1)
 
 
 def is_batched(tensor: Tensor, at: int | None = None) -> bool:
@@ -64,6 +69,30 @@ def physical(tensor: Tensor, at: int) -> Tensor | None:
 def logical(tensor: Tensor, at: int) -> Tensor:
     """The inverse of `physical`: `[N, *shape]` becomes a tensor `[*shape]` inside the `vmap`."""
     wrapped: Tensor = _functorch._add_batch_dim(tensor, 0, at)
+    return wrapped
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform that is running, `vmap` or another, has wrapped `tensor`."""
+    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def inner(tensor: Tensor, at: int) -> Tensor:
+    """The tensor as it is at nesting level `at`, outside the `vmap`s that run inside that one."""
+    while is_batched(tensor) and _functorch.maybe_get_level(tensor) > at:
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def with_samples_of(tensor: Tensor, other: Tensor, at: int) -> Tensor:
+    """`tensor`, of the shape of `inner(other, at)`, wrapped as `other` is above level `at`."""
+    if not is_batched(other) or _functorch.maybe_get_level(other) <= at:
+        return tensor
+    wrapped: Tensor = _functorch._add_batch_dim(
+        with_samples_of(tensor, _functorch.get_unwrapped(other), at),
+        _functorch.maybe_get_bdim(other),
+        _functorch.maybe_get_level(other),
+    )
     return wrapped
 
 

@@ -1,8 +1,9 @@
-"""The Fisher information of a task: one pass over its batches, on one process or several."""
+"""Collects the diagonal Fisher information: one pass over the batches of a task."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,19 +11,22 @@ from torch import Tensor, nn
 
 from ewc._options import FisherType, Method
 from ewc.data.calling import Forward
-from ewc.errors import InvalidBatch
-from ewc.fisher.accumulation import Pass
-from ewc.fisher.eager import without_compilation
+from ewc.fisher.accumulation import Accumulator
+from ewc.fisher.batches import Reading, naming
+from ewc.fisher.coordination import Coordination, Independent
 from ewc.fisher.mixing import refuse_batch_statistics
-from ewc.fisher.sharded.layers import Layers
-from ewc.fisher.sharded.lockstep import InStep
+from ewc.fisher.numerics import without_compilation
+from ewc.fisher.runner import Runner
+from ewc.fisher.sharded.layers import ShardedModel
+from ewc.fisher.sharded.lockstep import LockStep
+from ewc.fisher.verification import verify
 from ewc.likelihoods import Likelihood
 from ewc.model.guard import Guard
 from ewc.model.randomness import Randomness
 from ewc.processes.layout import has_sharded_parameters, is_sharded
 from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 
-_PATHS = ("unused", "rule", "vmap", "loop")  # of several, the last is told
+_PATHS = ("unused", "rule", "vmap", "loop")  # from fast to slow
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Squares:
     Attributes:
         sums: For each parameter the sum over samples of its squared gradients, `[*shape]`, on its
             device, in at least float32; sharded as the parameter is.
-        samples: How many samples were seen, over all processes.
+        samples: The number of samples, over all processes.
         truncated: Whether `max_samples` ended the pass before the data did, on any process.
-        paths: For each parameter which path computed it: `"rule"`, `"vmap"` (a copy per sample),
-            `"loop"` (one sample at a time), or `"unused"`.
-        reasons: For each of those on the path `"loop"`, why it is there.
+        paths: For each parameter the method that computed it: `"rule"`, `"vmap"` (a copy per
+            sample), `"loop"` (one sample at a time), or `"unused"`.
+        reasons: Why a parameter fell back to the loop, by name.
         slow: Whether the model was run on single samples, on average, more than a few times for
             each batch.
     """
@@ -61,7 +65,7 @@ def collect(
     generator: torch.Generator | None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Squares:
-    """Sum the squared gradients of every sample, each run through the model alone, in eval mode.
+    """Sum the squared gradients of all samples, each run through the model alone, in eval mode.
 
     The model is left as it was, on failure too; random states only after success.
 
@@ -72,68 +76,105 @@ def collect(
         likelihood: Gives each sample's negative log-likelihood.
         forward: `forward(model, batch) -> outputs`, or None to call the model on the inputs.
         fisher_type: `"empirical"`, `"exact"` or `"mc"`.
-        max_samples: At most so many samples, or None for all.
-        generator: Where `"mc"` takes its seed from; None for the global generator.
+        max_samples: The largest number of samples, or None for all.
+        generator: Gives the seed of `"mc"`; None for the global generator.
         ranks: The processes that share the data; all of them must call this.
 
     Raises:
-        ValueError: If there are no samples, a batch is not valid, a module mixes samples, or a
+        ValueError: There are no samples, a batch is not valid, a module mixes samples, or a
             gradient is not finite.
     """
-    layers: Layers | None = None
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         sums = {name: _zeros(each) for name, each in parameters.items()}
         stack.enter_context(torch.enable_grad())
         stack.enter_context(without_compilation())
+        sharded: ShardedModel | None = None
         if has_sharded_parameters(model):
-            layers = stack.enter_context(Layers(model, parameters, ranks))
-            parameters = layers.parameters
+            sharded = stack.enter_context(ShardedModel(model, parameters, ranks))
+            parameters = sharded.parameters
         guard = stack.enter_context(Guard(model))
         refuse_batch_statistics(model)
         randomness = Randomness(parameter.device for parameter in parameters.values())
         if fisher_type == "mc":
             randomness.seed_from(generator, ranks.data_rank)
-        arguments = model, parameters, sums, likelihood, forward, fisher_type, guard, randomness
-        run = Pass(*arguments) if layers is None else InStep(layers, ranks, *arguments)
+
+        def restore() -> None:
+            guard.restore()
+            if sharded is not None:
+                sharded.reset()
+
+        runner = Runner(
+            model,
+            parameters,
+            likelihood,
+            forward,
+            fisher_type,
+            randomness,
+            restore,
+            frozenset() if sharded is None else sharded.stand_ins,
+        )
+        coordination: Coordination = (
+            Independent() if sharded is None else LockStep(sharded, ranks, runner)
+        )
         quota = None if max_samples is None else ranks.quota(max_samples)
-        try:
-            truncated = run.over(batches, quota)
-        except InvalidBatch as error:
-            raise InvalidBatch(f"in batch {run.place} (counted from 0): {error}") from error
-        return _together(run, truncated, ranks)
+        reading = Reading(batches, quota, runner.read, restore)
+        found = _run(runner, coordination, reading, sums)
+        return _over_all(ranks, found, truncated=reading.truncated)
 
 
-def _together(run: Pass, truncated: bool, ranks: Ranks) -> Squares:
-    """What all processes have found."""
+def _run(
+    runner: Runner, coordination: Coordination, reading: Reading, sums: dict[str, Tensor]
+) -> Accumulator:
+    """Verify the methods on the first samples, then run all batches."""
+    batches = iter(reading)
+    first = next(batches, None)
+    own = None if first is None else first.take(0, min(2, first.size))
+    few = coordination.verification_batch(own)
+    if few is None:
+        return Accumulator(runner, coordination, sums, "there are no samples")
+    with naming(reading.place):
+        methods = verify(runner, coordination, few, sums)
+    coordination.end_verification()
+    accumulator = Accumulator(runner, coordination, sums, methods)
+    vectorised = None if isinstance(methods, str) else methods
+    remaining = batches if first is None else chain([first], batches)
+    for bundle in coordination.bundles(reading, remaining, vectorised):
+        if bundle is None:
+            accumulator.run_uncounted(few.take(0, 1))
+        else:
+            accumulator.add(bundle)
+    accumulator.end()
+    return accumulator
+
+
+def _over_all(ranks: Ranks, found: Accumulator, *, truncated: bool) -> Squares:
+    """The squares of all processes."""
+    sums = found.sums
     ranks.barrier("the sums")
-    samples = ranks.sum(run.samples)
+    samples = ranks.sum(found.samples)
     if samples == 0:
         raise ValueError(
-            "expected at least one sample to estimate the Fisher information; the batches "
-            "held none. A generator can be run through only once: pass a fresh one"
+            "The batches must hold at least one sample to estimate the Fisher information; found "
+            "none. Fix: a generator can be run through only once, so pass a fresh one."
         )
-    ranks.all_reduce(each for each in run.sums.values() if not is_sharded(each))
-    found = ranks.all_gather((run.paths, run.reasons, truncated, run.slow))
-    paths, reasons, cut, slow = zip(*found, strict=True)
+    ranks.all_reduce(each for each in sums.values() if not is_sharded(each))
+    own = (found.paths, found.reasons, truncated, found.is_slow)
+    paths, reasons, cut, slow = zip(*ranks.all_gather(own), strict=True)
     return Squares(
-        run.sums,
+        sums,
         samples,
         any(cut),
-        {name: max((own[name] for own in paths), key=_PATHS.index) for name in run.sums},
-        _first_told(run.sums, reasons),
+        {name: max((own[name] for own in paths), key=_PATHS.index) for name in sums},
+        _first_reasons(sums, reasons),
         any(slow),
     )
 
 
-def _first_told(names: Iterable[str], reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def _first_reasons(names: Iterable[str], reasons: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """For each parameter the reason of the first process that has one."""
-    told: dict[str, str] = {}
-    for name in names:
-        for own in reasons:
-            if name in own:
-                told.setdefault(name, own[name])
-    return told
+    found = {name: [own[name] for own in reasons if name in own] for name in names}
+    return {name: each[0] for name, each in found.items() if each}
 
 
 def _zeros(parameter: nn.Parameter) -> Tensor:

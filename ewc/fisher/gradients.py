@@ -49,13 +49,13 @@ class Gradient(ABC):
     def per_sample(self, start: int, stop: int) -> Tensor:
         """The gradients of samples `start` to `stop - 1`, shape `[stop - start, *shape]`."""
 
-    def work(self, total: Tensor) -> int:
-        """How many elements are written out for each sample."""
+    def elements_per_sample(self, total: Tensor) -> int:
+        """How many elements are written out for each sample; `total` has the shape."""
         return total.numel()
 
     def add_squares(self, total: Tensor) -> None:
         """Add the sum over samples of the squared gradients to `total`, shape `[*shape]`."""
-        step = max(1, work_elements(total) // max(1, self.work(total)))
+        step = max(1, work_elements(total) // max(1, self.elements_per_sample(total)))
         for start in range(0, self.samples, step):
             _add_squares(total, self.per_sample(start, min(start + step, self.samples)))
 
@@ -79,8 +79,8 @@ class Several(Gradient):
         self.samples = parts[0].samples
 
     @override
-    def work(self, total: Tensor) -> int:
-        return max(part.work(total) for part in self.parts)
+    def elements_per_sample(self, total: Tensor) -> int:
+        return max(part.elements_per_sample(total) for part in self.parts)
 
     @override
     def per_sample(self, start: int, stop: int) -> Tensor:
@@ -88,6 +88,14 @@ class Several(Gradient):
         for part in self.parts[1:]:
             gradient = gradient + part.per_sample(start, stop)
         return gradient
+
+
+def summed(gradients: Sequence[Gradient]) -> Gradient:
+    """The sum of the gradients of several uses, of one kind or of different kinds."""
+    if len(gradients) == 1:
+        return gradients[0]
+    kinds = {type(gradient) for gradient in gradients}
+    return kinds.pop().joined(gradients) if len(kinds) == 1 else Several(gradients)
 
 
 class Total(Gradient):
@@ -228,6 +236,41 @@ class Rows(Gradient):
             torch.cat([part.summands for part in parts], 1),
             parts[0].rows,
         )
+
+
+class Arranged(Gradient):
+    """`grad[n] = inner.grad[n].reshape(shape).permute(order)`: the same elements, elsewhere.
+
+    Args:
+        inner: Gradients `[*flat]`.
+        flat: Their shape.
+        shape: What that is taken apart into.
+        order: Which of its dimensions becomes the first one of the parameter, and so on.
+    """
+
+    def __init__(
+        self, inner: Gradient, flat: Sequence[int], shape: Sequence[int], order: Sequence[int]
+    ) -> None:
+        self.inner, self.flat, self.shape, self.order = inner, flat, shape, order
+        self.samples = inner.samples
+
+    @override
+    def elements_per_sample(self, total: Tensor) -> int:
+        return self.inner.elements_per_sample(total)
+
+    @override
+    def per_sample(self, start: int, stop: int) -> Tensor:
+        gradient = self.inner.per_sample(start, stop).reshape(-1, *self.shape)
+        return gradient.permute(0, *(dim + 1 for dim in self.order))
+
+    @override
+    def add_squares(self, total: Tensor) -> None:
+        back = [self.order.index(dim) for dim in range(len(self.order))]
+        apart = total.permute(back)
+        flat = apart.reshape(tuple(self.flat))
+        self.inner.add_squares(flat)
+        if flat.untyped_storage().data_ptr() != total.untyped_storage().data_ptr():
+            apart.copy_(flat.view(tuple(self.shape)))
 
 
 class Dense(Gradient):

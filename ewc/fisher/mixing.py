@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from ewc.data.batch import Batch
 from ewc.fisher.numerics import full_precision
-from ewc.fisher.paths.interception import READING
+from ewc.fisher.paths.branches import READS
 
-_OTHER_OUTPUT = "a sample gets another output in another batch"
+_OTHER_OUTPUT = "the output for a sample depends on its batch"
 
 Record = list[tuple[str, list[Tensor], list[Tensor]]]
 
@@ -108,7 +108,7 @@ class _Readings(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.seen = self.seen or func in READING
+        self.seen = self.seen or func in READS
         return func(*args, **(kwargs or {}))
 
 
@@ -174,8 +174,7 @@ def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
 def _message(name: str, module: nn.Module, found: str) -> str:
     place = f"module {name!r}" if name else "the model"
     return (
-        f"expected a model that, in eval mode, treats the samples of a batch alone; {place} "
-        f"({type(module).__name__}) mixes them: {found}. "
-        "Use running statistics (track_running_stats=True), or a norm over each sample "
-        "(GroupNorm, LayerNorm)"
+        f"A model must treat the samples of a batch independently in eval mode; {place} "
+        f"({type(module).__name__}) mixes them: {found}. Fix: use running statistics "
+        "(track_running_stats=True), or a norm over each sample (GroupNorm, LayerNorm)."
     )

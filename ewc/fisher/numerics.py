@@ -1,9 +1,11 @@
-"""The arithmetic of collection's own products, whatever the caller has switched on."""
+"""How a collection computes, whatever the caller has switched on."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.backends import cuda, cudnn, mkldnn
 
 _PRODUCTS: tuple[Any, ...] = (cuda.matmul, cudnn.conv, mkldnn.matmul, mkldnn.conv)  # type: ignore[attr-defined]
@@ -31,3 +33,17 @@ def without_cudnn() -> Iterator[None]:
         yield
     finally:
         cudnn.enabled = before
+
+
+@contextmanager
+def without_compilation() -> Iterator[None]:
+    """Run what `torch.compile` has compiled eagerly.
+
+    Compiled code performs operations that no mode sees, and the compiler cannot trace what runs
+    inside `vmap`. As long as the compiler is not imported, nothing is compiled.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,6 +1,6 @@
-"""What is differentiated: one or more terms for each sample, by the type of Fisher.
+"""What is differentiated: one or more terms for each sample, by `fisher_type`.
 
-The squared gradients of a sample's terms, summed, are its contribution to the Fisher information:
+A sample contributes the sum of the squared gradients of its terms to the Fisher information:
 
 - `"empirical"`: one term, the negative log-likelihood of the targets in the data;
 - `"mc"`: one term, that of targets drawn from the model's predictive distribution;
@@ -19,8 +19,8 @@ from ewc.errors import InvalidBatch
 from ewc.likelihoods import Likelihood
 
 
-class Opaque(Exception):  # noqa: N818 - it says what is the case, as StopIteration does
-    """What a model returns holds no tensor that `probe` finds."""
+class NoTensorOutputs(Exception):  # noqa: N818 - a condition, not an error: as StopIteration
+    """The outputs of a model hold no tensor that depends on the parameters."""
 
 
 def terms(
@@ -37,45 +37,45 @@ def terms(
     """
     if fisher_type == "exact":
         found = likelihood.exact_terms(outputs, *rest)
-        expected = f"exact_terms(outputs, *rest) -> [K, {samples}]"
+        required = f"exact_terms(outputs, *rest) -> [K, {samples}]"
         dims = 2
     else:
         method = likelihood.nll if fisher_type == "empirical" else likelihood.sampled_nll
         found = method(outputs, *rest)
-        expected = f"nll(outputs, *rest) -> [{samples}], one value per sample, not reduced"
+        required = f"nll(outputs, *rest) -> [{samples}], one value per sample, not reduced"
         dims = 1
-    name = type(likelihood).__name__
+    required = f"{type(likelihood).__name__} must define {required}"
     if not isinstance(found, Tensor):
-        raise InvalidBatch(f"expected {name}.{expected}; found {type(found).__name__}")
+        raise InvalidBatch(f"{required}; found {type(found).__name__}.")
     if found.dim() != dims or found.shape[-1] != samples:
         raise InvalidBatch(
-            f"expected {name}.{expected}; found a tensor of shape {list(found.shape)}. "
-            "Reduce over everything but the samples (reduction='none', then sum the rest)"
+            f"{required}; found a tensor of shape {list(found.shape)}. Fix: reduce over everything "
+            "but the samples (reduction='none', then sum over the rest)."
         )
     if not _vmap.differentiable(found):
         raise InvalidBatch(
-            f"expected {name}.{expected} that depends on the parameters; found a tensor without "
-            "a graph. Do not detach the outputs, nor compute them under no_grad; at least one "
-            "protected parameter must take part"
+            f"{required}, which depends on the parameters; found a tensor without a graph. Fix: do "
+            "not detach the outputs, do not compute them under no_grad, and use at least one "
+            "protected parameter."
         )
     if not found.is_floating_point():
-        raise InvalidBatch(f"expected {name}.{expected} of real numbers; found {found.dtype}")
+        raise InvalidBatch(f"{required}, of real numbers; found {found.dtype}.")
     return found if dims == 2 else found.unsqueeze(0)
 
 
-def probe(outputs: Any) -> Tensor:
-    """A term of one sample that nothing is drawn for, `[1, 1]`: all outputs, weighed differently.
+def surrogate_terms(outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
+    """A term of one sample in place of that of drawn targets, `[1, 1]`: all outputs, weighted.
 
     Raises:
-        Opaque: If no tensor is found in the outputs that depends on the parameters.
+        NoTensorOutputs: No tensor that depends on the parameters is found in the outputs.
     """
-    weighed = []
+    weighted = []
     for tensor in _differentiable(outputs, set()):
         flat = tensor.abs().flatten() if tensor.is_complex() else tensor.flatten()
-        weighed.append((flat * torch.arange(1.0, 1 + len(flat), device=flat.device).cos()).sum())
-    if not weighed:
-        raise Opaque
-    return torch.stack([each.to(weighed[0]) for each in weighed]).sum().view(1, 1)
+        weighted.append((flat * torch.arange(1.0, 1 + len(flat), device=flat.device).cos()).sum())
+    if not weighted:
+        raise NoTensorOutputs
+    return torch.stack([each.to(weighted[0]) for each in weighted]).sum().view(1, 1)
 
 
 def _differentiable(value: Any, visited: set[int]) -> Iterator[Tensor]:

@@ -1,31 +1,138 @@
-"""What the fast paths found, held against what is right."""
+"""Verifies the fast methods against the loop, on the first two samples of a collection."""
 
-from collections.abc import Mapping
+import re
+import textwrap
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from ewc.data.batch import Batch
+from ewc.errors import InvalidBatch
+from ewc.fisher.coordination import Coordination
+from ewc.fisher.mixing import Runs, refuse_mixing
+from ewc.fisher.numerics import full_precision
+from ewc.fisher.paths.branches import DivergentBranches
+from ewc.fisher.paths.structure import Structures
+from ewc.fisher.paths.vectorised import Vectorised
+from ewc.fisher.runner import Runner
+from ewc.fisher.terms import NoTensorOutputs, surrogate_terms
 
-def largest(sums: Mapping[str, Tensor]) -> list[float]:
-    """The largest entry of each sum."""
-    return [float(each.max()) if each.numel() else 0.0 for each in sums.values()]
+OBJECTS = "a batch holds lists of objects, which vmap cannot split"
+_NO_TENSOR = "targets are drawn, and the model returns no tensor to verify vmap on"
+_DIFFERS = "its gradient under vmap differs from that of a single sample"
 
 
-def differing(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], scales: list[float]
-) -> set[str]:
-    """The names whose sums differ by more than rounding, also that of half precision, explains.
+def verify(
+    runner: Runner, coordination: Coordination, batch: Batch, sums: Mapping[str, Tensor]
+) -> Vectorised | str:
+    """Run one or two samples by the loop and by the fast methods, and compare.
 
-    A gradient that is zero but for rounding is small against the largest of all.
+    A parameter whose sums differ falls back to the loop for the whole pass.
 
     Args:
-        found: Sums by name.
-        expected: What they should be.
-        scales: For each of `expected`, its largest entry.
+        runner: Runs the model.
+        coordination: How the processes work together.
+        batch: One sample or two.
+        sums: Zeros, which serve as memory here and are zeros again afterwards.
+
+    Returns:
+        The fast methods, or why all parameters fall back to the loop.
+
+    Raises:
+        ValueError: A module mixes the samples of a batch.
     """
-    names = set()
-    for (name, right), scale in zip(expected.items(), scales, strict=True):
-        noise = (100 * torch.finfo(right.dtype).eps) ** 2 * max(scales)
-        if bool(((found[name] - right).abs() > 0.05 * scale + noise).any()):
-            names.add(name)
-    return names
+    try:
+        return _verify(runner, coordination, batch, sums)
+    finally:
+        for each in sums.values():
+            each.zero_()
+
+
+def _verify(
+    runner: Runner, coordination: Coordination, batch: Batch, sums: Mapping[str, Tensor]
+) -> Vectorised | str:
+    expected = {name: torch.zeros_like(each) for name, each in sums.items()}
+    # Drawn targets differ from run to run: a function of the outputs is compared in their place.
+    is_drawn = runner.fisher_type == "mc"
+    terms = surrogate_terms if is_drawn else runner.terms
+    runs = Runs(runner.outputs)
+    if batch.size == 2:
+        with runner.randomness.stream(), full_precision():
+            runs(batch.raw)
+        runner.restore()
+    try:
+        with coordination.adding_to(expected) as totals, full_precision():
+            runner.loop(batch, totals, set(expected), outputs=runs, terms=terms)
+    except NoTensorOutputs:
+        return _NO_TENSOR
+    if batch.size == 2:
+        with runner.randomness.stream():
+            refuse_mixing(runner.model, runs, batch, runner.restore)
+    if not batch.vectorisable:
+        return OBJECTS
+    vectorised = Vectorised(
+        runner.parameters,
+        runner.outputs,
+        terms,
+        None if is_drawn else runner.samples_dim,
+        Structures(keep=not coordination.is_lockstep),
+    )
+
+    def run() -> None:
+        with coordination.adding_to(sums) as totals:
+            try:
+                runner.reverse(runner.record(vectorised, batch, totals))
+            except DivergentBranches:
+                for n in range(batch.size):
+                    runner.reverse(runner.record(vectorised, batch.take(n, n + 1), totals))
+
+    try:
+        run()
+    except InvalidBatch:
+        raise
+    except Exception as error:  # whatever vmap refuses; the loop has just run the same samples
+        return confirmed(error, run)
+    for name in coordination.differing(sums, expected):
+        vectorised.fallback.setdefault(name, _DIFFERS)
+    vectorised.terms, vectorised.samples_dim = runner.terms, runner.samples_dim
+    return vectorised
+
+
+def confirmed(error: Exception, again: Callable[[], object]) -> str:
+    """The reason to fall back to the loop, if an error comes again.
+
+    An error that does not come again is a fault of the user's model or likelihood, not something
+    that vmap cannot do.
+
+    Args:
+        error: The error.
+        again: Repeats what has failed.
+
+    Raises:
+        Exception: `error`, or another one that came in its place.
+    """
+    reason = _described(error)
+    faults = {reason: error}  # those that have not come again
+    for _ in range(2):
+        try:
+            again()
+        except InvalidBatch:
+            raise
+        except Exception as other:
+            reason = _described(other)
+            if faults.pop(reason, None) is not None:
+                break
+            faults[reason] = other
+        else:
+            break
+    for fault in faults.values():
+        raise fault
+    return reason
+
+
+def _described(error: Exception) -> str:
+    """An error in one line."""
+    text = re.sub("0x[0-9a-f]+", "0x...", str(error))  # which differ from one time to the next
+    text = textwrap.shorten(text, 200, placeholder=" ...")
+    return f"vmap cannot do it ({type(error).__name__}: {text})"

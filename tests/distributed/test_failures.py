@@ -92,7 +92,7 @@ def test_row_46_one_rank_raises(two: Workers, where: str, sharded: bool, kind: s
         "interrupt": "KeyboardInterrupt",
         "argument": "ValueError: dataset_size",
         "label": "InvalidBatch: in batch 0",
-        "NaN": "ValueError: expected finite",
+        "NaN": "ValueError: Squared gradients must be finite",
         "likelihood": "FaultError: from the likelihood",
         "model": "FaultError: from the model",
     }[where]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ewc import EWC, Classification, OnlineEWC
-from ewc.fisher.sharded.layers import Layers
+from ewc.fisher.sharded.layers import ShardedModel
 from tests import oracle
 from tests.distributed.models import CLASSES, MODELS, assert_whole, build, data, full, shard, share
 from tests.distributed.workers import Workers
@@ -284,10 +284,10 @@ def one_layer_at_a_time(rank: int, world: int) -> tuple[int, int]:
     fully_shard(model)
     ewc = EWC(model, Classification())
     whole, summing = 0, 0
-    gather, add_up = Layers._gather, Layers._add_up
+    gather, add_up = ShardedModel._gather, ShardedModel._add_up
 
     def watched(step: Callable[..., None]) -> Callable[..., None]:
-        def run(layers: Layers, layer: Any) -> None:
+        def run(layers: ShardedModel, layer: Any) -> None:
             nonlocal whole, summing
             summing = max(
                 summing,
@@ -298,7 +298,7 @@ def one_layer_at_a_time(rank: int, world: int) -> tuple[int, int]:
 
         return run
 
-    watching = patch.multiple(Layers, _gather=watched(gather), _add_up=watched(add_up))
+    watching = patch.multiple(ShardedModel, _gather=watched(gather), _add_up=watched(add_up))
     with watching:
         ewc.consolidate([data("attentive", 6)])
     return whole, summing

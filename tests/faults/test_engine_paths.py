@@ -229,9 +229,9 @@ class Written(nn.BatchNorm1d):
 @pytest.mark.parametrize(
     ("module", "what"),
     [
-        (Written(7), "(Written) mixes them: a sample gets another output"),
+        (Written(7), "(Written) mixes them: the output for a sample"),
         (nn.BatchNorm1d(7, track_running_stats=False), "(BatchNorm1d) mixes them: it has no run"),
-        (Centred(), "(Centred) mixes them: a sample gets another output"),
+        (Centred(), "(Centred) mixes them: the output for a sample"),
     ],
 )
 def test_row_41a_a_module_that_mixes_samples(kind, module, what):
@@ -239,6 +239,7 @@ def test_row_41a_a_module_that_mixes_samples(kind, module, what):
     ewc = kind(model, Classification())
     ewc.consolidate(make_task())
     model[1] = module
-    parts = ("treats the samples of a batch alone", "module '1'", what, "GroupNorm, LayerNorm")
+    rule = "treat the samples of a batch independently"
+    parts = (rule, "module '1'", what, "GroupNorm, LayerNorm")
     with unchanged(ewc, model), raises(ValueError, *parts):
         ewc.consolidate(make_task())

@@ -37,7 +37,7 @@ def test_row_15_a_gradient_or_a_square_that_is_not_finite(kind, value, place):
     ewc.consolidate(make_task())
     with (
         unchanged(ewc, model),
-        raises(ValueError, "expected finite", f"in batch {place}", "'bias'", "overflows", "scale"),
+        raises(ValueError, "must be finite", f"in batch {place}", "'bias'", "overflows", "scale"),
     ):
         ewc.consolidate(batches)
 

@@ -169,7 +169,7 @@ def test_a_sum_that_overflows_is_that_of_the_last_batch() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     data = [(torch.full((2, 2), 1.2e19), torch.tensor([0, 1])) for _ in range(5)]
     nn.init.zeros_(model[0].weight)
-    with pytest.raises(ValueError, match="overflows, in batch 4 "):
+    with pytest.raises(ValueError, match="overflows in batch 4 "):
         collected(model, data)
 
 

@@ -215,7 +215,7 @@ def test_a_rule_that_is_wrong_is_found_out_for_drawn_targets_too(
     def wrong(op: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = op.samples(input)
         out = F.linear(x, op.value(weight), op.value(bias))
-        return op.watch(out, {bias: lambda g: Total(2 * g)})
+        return op.record(out, {bias: lambda g: Total(2 * g)})
 
     monkeypatch.setitem(registry.RULES, F.linear, wrong)
     paths = check(layers(), *data(4), "mc")

@@ -13,14 +13,14 @@ from ewc.fisher.gradients import add_square
 from ewc.fisher.paths.graph import nodes
 
 
-def add_singly(
+def run_loop(
     batch: Batch,
     parameters: Mapping[str, nn.Parameter],
     totals: Mapping[str, Tensor],
     terms: Callable[[Any], Tensor],
     restore: Callable[[], None],
     *,
-    early: Collection[str] = (),
+    hooked: Collection[str] = (),
 ) -> set[str]:
     """Run every sample forward once, and back once for each term; add the squared gradients.
 
@@ -29,31 +29,31 @@ def add_singly(
         parameters: The parameters to differentiate by, by name.
         totals: For each, where its squares are added.
         terms: `terms(raw) -> [K]`, those of one sample, differentiable.
-        restore: Called after each sample, so that the next one starts from the same.
-        early: The names of those whose gradients are squared when they arrive, and not held. It
-            leaves a trace on a parameter to have had a hook: these must be the library's own.
+        restore: Called after each sample, so that the next run starts from the same state.
+        hooked: The names of parameters whose gradients are squared when they arrive, and not
+            held. A hook leaves a trace on a parameter: these must be the library's own.
 
     Returns:
-        The names of the parameters that a gradient arrived at.
+        The names of the parameters that a gradient reached.
 
     Raises:
-        ValueError: If the model checkpoints activations in the reentrant way, past which only
-            `backward()` finds the parameters.
+        ValueError: The model uses reentrant activation checkpointing, past which only `backward()`
+            finds the parameters.
     """
-    used = set()
+    reached = set()
     leaves = list(parameters.values())
 
     def receive(name: str, gradient: Tensor) -> None:
-        used.add(name)
+        reached.add(name)
         add_square(totals[name], gradient)
 
-    def receive_early(name: str, gradient: Tensor) -> Tensor:
+    def receive_and_release(name: str, gradient: Tensor) -> Tensor:
         receive(name, gradient)
         return torch.zeros((), dtype=gradient.dtype, device=gradient.device).expand(gradient.shape)
 
     with ExitStack() as stack:
-        for name in early:
-            hook = parameters[name].register_hook(partial(receive_early, name))
+        for name in hooked:
+            hook = parameters[name].register_hook(partial(receive_and_release, name))
             stack.callback(hook.remove)
         for n in range(batch.size):
             of_one = terms(batch.take(n, n + 1).raw)
@@ -63,16 +63,16 @@ def add_singly(
             for k, term in enumerate(of_one.unbind(0)):
                 found = torch.autograd.grad(term, leaves, retain_graph=k < last, allow_unused=True)
                 for name, gradient in zip(parameters, found, strict=True):
-                    if gradient is not None and name not in early:
+                    if gradient is not None and name not in hooked:
                         receive(name, gradient)
             restore()
-    return used
+    return reached
 
 
 def _refuse_reentrant(terms: Tensor) -> None:
-    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(terms)):
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(terms.grad_fn)):
         raise ValueError(
-            "expected a model whose gradients torch.autograd.grad finds; found reentrant "
-            "activation checkpointing, inside which it finds none: the Fisher of the parameters "
-            "there would be zero. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            "torch.autograd.grad must find the gradients of the model; found reentrant activation "
+            "checkpointing, inside which it finds none: the Fisher of the parameters there would "
+            "be zero. Fix: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         )

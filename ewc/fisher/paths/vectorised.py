@@ -1,4 +1,4 @@
-"""All samples of a batch in one forward and one reverse pass, by rules and copies per sample."""
+"""All samples of a batch in one forward and one reverse pass, by rules and per-sample copies."""
 
 import math
 import warnings
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ewc import _vmap
+from ewc._options import Method
 from ewc.data.batch import Batch
-from ewc.fisher.gradients import Dense
-from ewc.fisher.paths.graph import leaves_of
-from ewc.fisher.paths.interception import Interception
+from ewc.fisher.paths.assembly import Assembly
+from ewc.fisher.paths.graph import leaves
+from ewc.fisher.paths.meeting import PerSampleMode
+from ewc.fisher.paths.structure import Structures
 
 COPIES_BYTES = 2**26
-"""How much memory the written-out gradients of copied parameters may take at a time."""
+"""How much memory the written-out gradients of per-sample copies may take at a time."""
 
 KEPT_BYTES = {"cpu": 2**26}
 """How much memory the activations of a forward pass may take, by kind of device."""
@@ -25,7 +27,13 @@ KEPT_BYTES_ELSEWHERE = 2**31
 """The same on other kinds, which need more samples at a time to be busy."""
 
 UNSEEN = "it is used out of sight, in an autograd.Function or a scripted module"
-"""Why a parameter that the graph leads to, past all interception, is left out."""
+"""Why a parameter to which the graph leads, past all interception, falls back to the loop."""
+
+Outputs = Callable[[Any], tuple[Any, tuple[Any, ...]]]
+"""`outputs(raw) -> (outputs, rest)`: runs the model on a raw batch."""
+
+Terms = Callable[[Any, tuple[Any, ...], int], Tensor]
+"""`terms(outputs, rest, samples) -> [K, samples]`: what is differentiated."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +41,26 @@ class Recorded:
     """A forward pass, ready for its reverse pass.
 
     Attributes:
-        interception: What the pass recorded.
-        terms: What is differentiated: K times the sum over the samples.
-        leaves: What the terms are differentiated by, so that gradients pass all that is watched:
-            the beginnings of the graph. Not only those that the interception has made: where
-            others lie before (inputs that require gradients, parameters that are not protected,
-            or go another way), it makes none.
-        totals: For each parameter, where its squares are added.
+        mode: What the pass has recorded.
+        assembly: Takes the gradients.
+        terms: K terms, each summed over the samples.
+        leaves: The leaves of their graph. Gradients with respect to these pass all that is
+            recorded.
     """
 
-    interception: Interception
+    mode: PerSampleMode
+    assembly: Assembly
     terms: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
-    totals: Mapping[str, Tensor]
 
     def reverse(self) -> None:
         """Run the reverse pass, once for each of the K terms, and add the squares."""
-        names = {id(copy): name for name, copy in self.interception.copies.items()}
         last = len(self.terms) - 1
         for k, term in enumerate(self.terms):
-            self.interception.last = k == last
-            found = torch.autograd.grad(term, self.leaves, retain_graph=k < last, allow_unused=True)
-            self.interception.flush()
-            for leaf, gradient in zip(self.leaves, found, strict=True):
-                if gradient is not None and id(leaf) in names:
-                    Dense(gradient).add_squares(self.totals[names[id(leaf)]])
+            self.mode.is_last = k == last
+            torch.autograd.grad(term, self.leaves, retain_graph=k < last, allow_unused=True)
+            self.assembly.end_reverse()
+        self.assembly.end()
 
 
 class Vectorised:
@@ -65,99 +68,104 @@ class Vectorised:
 
     Args:
         parameters: The protected parameters by name.
-        outputs: `outputs(raw) -> (outputs, rest)`: runs the model.
-        terms: `terms(outputs, rest, samples) -> [K, samples]`, differentiable.
+        outputs: Runs the model.
+        terms: What is differentiated.
         samples_dim: The dimension of the outputs along which `terms` takes those of a whole batch;
             None if it must see one sample at a time, inside `vmap`.
+        structures: How effective weights depend on the parameters.
 
     Attributes:
         terms: The same.
         samples_dim: The same.
-        by_rule: The names of the parameters that went by rule.
-        by_copy: The names of those that went by a copy per sample.
-        left_out: The names of those that are left to another path, and why.
+        methods: `"rule"` or `"vmap"`, by the name of each parameter that was used.
+        fallback: Why a parameter is left to the loop, by name.
         reads: Whether the model has read values out of a tensor, to branch on them.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
-        outputs: Callable[[Any], tuple[Any, tuple[Any, ...]]],
-        terms: Callable[[Any, tuple[Any, ...], int], Tensor],
+        outputs: Outputs,
+        terms: Terms,
         samples_dim: int | None,
+        structures: Structures,
     ) -> None:
-        self.by_rule: set[str] = set()
-        self.by_copy = {name for name, each in parameters.items() if each.is_complex()}
-        self.left_out: dict[str, str] = {}
-        self.reads = False
         self.terms = terms
         self.samples_dim = samples_dim
-        self._expansion = 1.0
+        self.methods: dict[str, Method] = {}
+        self.fallback: dict[str, str] = {}
+        self.reads = False
         self._parameters = dict(parameters)
         self._outputs = outputs
-
-    def limit(self, batch: Batch) -> int:
-        """How many samples of a batch go at once: in equal parts."""
-        return math.ceil(batch.size / math.ceil(batch.size / self.capacity(batch)))
+        self._structures = structures
+        self._expansion = 1.0  # bytes of activations for each byte of inputs, the last time
+        self._copied_bytes = 0
 
     def capacity(self, batch: Batch) -> int:
-        """How many such samples go at once, so that memory stays within what is allowed.
+        """How many samples like those of a batch go at once, so that memory stays in its budget.
 
-        Activations are taken to be in proportion to what goes in, as they were the last time.
+        Activations are estimated to be in proportion to the inputs, as they were the last time.
         """
-        copied = (self._parameters[name] for name in self.by_copy - self.left_out.keys())
-        size = sum(each.numel() * each.element_size() for each in copied)
-        kept = self._expansion * batch.nbytes / batch.size
         device = next(iter(self._parameters.values())).device.type
-        allowed = KEPT_BYTES.get(device, KEPT_BYTES_ELSEWHERE)
-        return max(1, min(COPIES_BYTES // max(1, size), int(allowed / max(1.0, kept))))
+        budget = KEPT_BYTES.get(device, KEPT_BYTES_ELSEWHERE)
+        kept = self._expansion * batch.nbytes / batch.size
+        copies = COPIES_BYTES // max(1, self._copied_bytes)
+        return max(1, min(copies, int(budget / max(1.0, kept))))
 
-    def forward(self, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded | None:
+    def chunk_size(self, batch: Batch) -> int:
+        """How many samples of a batch go at once, so that the chunks are equal in size."""
+        return math.ceil(batch.size / math.ceil(batch.size / self.capacity(batch)))
+
+    def forward(self, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded:
         """Run the model on all samples.
 
-        Returns:
-            None if a parameter turned out to have no rule, or to be used out of sight. It is
-            remembered, and the same call will go another way.
+        Args:
+            batch: The samples; it must be vectorisable.
+            totals: For each parameter, where the reverse pass adds its squares.
         """
-        seen = {name: p for name, p in self._parameters.items() if name not in self.left_out}
-        interception = Interception(seen, totals, self.by_copy, batch.size)
+        protected = {name: p for name, p in self._parameters.items() if name not in self.fallback}
+        mode = PerSampleMode(protected, batch.size)
+        terms = self._run(batch, mode)
+        found = tuple(leaves(terms.grad_fn))
+        # A rule and a copy cut the graph. A parameter at its end was used past both: in an
+        # autograd.Function, or in a scripted module.
+        ends = set(map(id, found))
+        unseen = {name for name, parameter in protected.items() if id(parameter) in ends}
+        self.fallback |= dict.fromkeys(unseen, UNSEEN)
+        weights = mode.weights.used(without=unseen)
+        for weight in weights:
+            copied = mode.is_copied(weight, ends)
+            for name in weight.parameters:
+                if copied or name not in self.methods:
+                    self.methods[name] = "vmap" if copied else "rule"
+        self._expansion = mode.kept_bytes / max(1, batch.nbytes)
+        self._copied_bytes = mode.copied_bytes
+        assembly = Assembly(weights, totals, self._structures)
+        mode.receive = assembly.receive
+        return Recorded(mode, assembly, terms.sum(1).unbind(0), found)
 
+    def _run(self, batch: Batch, mode: PerSampleMode) -> Tensor:
+        """The terms of all samples, `[K, N]`."""
         dim = self.samples_dim
 
-        def one(*tensors: Tensor) -> Tensor:
-            interception.level = _vmap.level()
+        def run_one(*tensors: Tensor) -> Tensor:
+            mode.level = _vmap.level()
             try:
-                with interception:
+                with mode:
                     outputs, rest = self._outputs(batch.of_one(list(tensors)))
                     found: Tensor = outputs if dim is not None else self.terms(outputs, rest, 1)
                     return found
             finally:
-                self.reads = self.reads or interception.reads
+                self.reads = self.reads or mode.reads
 
         with warnings.catch_warnings():
             # An operation that vmap does in a loop is no news to the user: the result is the same.
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            found: Tensor = torch.func.vmap(one, in_dims=tuple(batch.dims), randomness="different")(
-                *batch.tensors
-            )
+            found: Tensor = torch.func.vmap(
+                run_one, in_dims=tuple(batch.dims), randomness="different"
+            )(*batch.tensors)
         # Every sample was a batch of one: `[N, ..., 1, ...]`.
         if dim is None:
-            terms = found.squeeze(2).t()
-        else:
-            outputs = found.movedim(0, dim).flatten(dim, dim + 1)
-            terms = self.terms(outputs, batch.rest, batch.size)
-        copied = interception.without_rule
-        leaves = tuple(leaves_of(terms))
-        begin = {id(leaf) for leaf in leaves}
-        # An interception keeps all that it sees out of the graph, so what the graph leads to it
-        # did not see: arguments of a custom autograd.Function, or of a scripted module.
-        unseen = {name for name, parameter in seen.items() if id(parameter) in begin}
-        self.by_copy |= copied
-        if copied:
-            return None
-        self.left_out |= dict.fromkeys(unseen, UNSEEN)
-        if unseen:
-            return None
-        self.by_rule |= interception.by_rule
-        self._expansion = interception.kept / max(1, batch.nbytes)
-        return Recorded(interception, terms.sum(1).unbind(0), leaves, totals)
+            return found.squeeze(2).t()
+        outputs = found.movedim(0, dim).flatten(dim, dim + 1)
+        return self.terms(outputs, batch.rest, batch.size)

@@ -14,7 +14,8 @@ from ewc.fisher.rules import (  # noqa: F401  (imported for their registration)
     normalisation,
     products,
     recurrent,
+    shapes,
 )
-from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
-__all__ = ["NotCovered", "Operation", "rewriting", "rule"]
+__all__ = ["NotCovered", "Operation", "decomposition", "rule"]

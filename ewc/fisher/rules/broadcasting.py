@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ewc.fisher.gradients import Gradient, Total
-from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 Slope = Callable[..., Tensor]
 """`slope(g, *operands)`: the gradient of one operand, not yet summed, `[N, ...]`."""
@@ -28,23 +28,23 @@ def _pointwise(
         raise NotCovered
     dims = max(operand.dim() for operand in operands)
     if len({operand.dtype for operand in operands}) > 1 and any(
-        operand.dim() == 0 and not op.protects(operand) for operand in operands
+        operand.dim() == 0 and not op.is_protected(operand) for operand in operands
     ):
         raise NotCovered  # a number's type gives way to a tensor's; with the samples it is a tensor
-    protected = [operand for operand in operands if op.protects(operand)]
-    if len(set(protected)) < len(protected) or not any(map(op.varies, operands)):
+    protected = [operand for operand in operands if op.is_protected(operand)]
+    if len(set(protected)) < len(protected):
         raise NotCovered
     aligned, gradients = [], {}
     for operand in operands:
-        if op.protects(operand):
+        if op.is_protected(operand):
             aligned.append(op.value(operand))
         else:
             x = op.samples(operand)
             aligned.append(x.reshape(len(x), *[1] * (dims - operand.dim()), *operand.shape))
     for operand, slope in zip(operands, slopes, strict=True):
-        if op.protects(operand):
+        if op.is_protected(operand):
             gradients[operand] = _summed(slope, aligned, operand.shape)
-    return op.watch(function(*aligned), gradients)
+    return op.record(function(*aligned), gradients)
 
 
 def _summed(
@@ -109,13 +109,13 @@ def where(op: Operation, condition: Tensor, input: Any, other: Any) -> Tensor:
     return _pointwise(op, torch.where, (condition, input, other), slopes)
 
 
-@rewriting(torch.addcmul, torch.Tensor.addcmul)
+@decomposition(torch.addcmul, torch.Tensor.addcmul)
 def addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
     """`input + value * tensor1 * tensor2`."""
     return torch.add(input, torch.mul(tensor1, tensor2), alpha=value)
 
 
-@rewriting(torch.lerp, torch.Tensor.lerp)
+@decomposition(torch.lerp, torch.Tensor.lerp)
 def lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
     """`input + weight * (end - input)`."""
     return torch.add(input, torch.mul(torch.sub(end, input), weight))
@@ -126,13 +126,13 @@ def _in_place(method: Callable[..., Tensor], slope: Slope) -> None:
 
     @rule(method)
     def write(op: Operation, input: Tensor, other: Any) -> Tensor:
-        if not op.protects(other) or other.dim() > input.dim():
+        if not op.is_protected(other) or other.dim() > input.dim():
             raise NotCovered
         x, value = op.samples(input), op.value(other)
         if not x.requires_grad or x._is_view():
             raise NotCovered  # what is watched has to be the very tensor that is written into
         before = x if method in (torch.Tensor.add_, torch.Tensor.sub_) else x.clone()
-        return op.watch(method(x, value), {other: _summed(slope, (before, value), value.shape)})
+        return op.record(method(x, value), {other: _summed(slope, (before, value), value.shape)})
 
 
 _in_place(torch.Tensor.add_, lambda g, a, b: g)

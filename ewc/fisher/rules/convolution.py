@@ -66,7 +66,7 @@ class Patches(Gradient):
         self._per_row = max(1, math.prod(read.shape[1:3]) * across)
 
     @override
-    def work(self, total: Tensor) -> int:
+    def elements_per_sample(self, total: Tensor) -> int:
         return max(total.numel(), self._per_row * min(self._places[0], self._rows(total)))
 
     @override
@@ -198,7 +198,7 @@ def _define(
                 _images(x, dims), margins, _images(g, dims), value.shape, steps, gaps, groups
             )
 
-        return op.watch(out, {weight: weight_gradient, bias: lambda g: _bias(g, dims)})
+        return op.record(out, {weight: weight_gradient, bias: lambda g: _bias(g, dims)})
 
     @rule(transposed)
     def convolve_transposed(
@@ -230,7 +230,7 @@ def _define(
                 _images(g, dims), margins, _images(x, dims), value.shape, steps, gaps, groups
             )
 
-        return op.watch(out, {weight: weight_gradient, bias: lambda g: _bias(g, dims)})
+        return op.record(out, {weight: weight_gradient, bias: lambda g: _bias(g, dims)})
 
 
 def _folded(

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewc.fisher.compositions import Arranged
-from ewc.fisher.gradients import Rows
+from ewc.fisher.gradients import Arranged, Rows
 from ewc.fisher.rules.linear import positions
-from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 
 @rule(F.embedding)
@@ -38,7 +37,7 @@ def embedding(
             g = g.masked_fill((flat == padding).unsqueeze(2), 0)
         return Rows(flat, g, rows)
 
-    return op.watch(F.embedding(index, value), {weight: weight_gradient})
+    return op.record(F.embedding(index, value), {weight: weight_gradient})
 
 
 @rule(torch.embedding)
@@ -71,10 +70,10 @@ def index_select(op: Operation, input: Tensor, dim: int, index: Tensor) -> Tenso
         rows = Rows(places.long(), g.reshape(*g.shape[:2], -1), shape[0])
         return Arranged(rows, (shape[0], math.prod(shape[1:])), shape, order)
 
-    return op.watch(out, {input: gradient})
+    return op.record(out, {input: gradient})
 
 
-@rewriting(torch.Tensor.__getitem__)
+@decomposition(torch.Tensor.__getitem__)
 def getitem(input: Tensor, index: Any) -> Tensor:
     """`W[index]`, `W[:, index]`, `W[rows, columns]`: integer tensors next to each other."""
     index = index if isinstance(index, tuple) else (index,)
@@ -91,7 +90,7 @@ def getitem(input: Tensor, index: Any) -> Tensor:
     return torch.unflatten(read, before, numbers.shape)
 
 
-@rewriting(F.embedding_bag)
+@decomposition(F.embedding_bag)
 def embedding_bag(
     input: Tensor,
     weight: Tensor,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ewc.fisher.gradients import Gradient, Total
-from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)
@@ -16,9 +16,9 @@ def cat(
 ) -> Tensor:
     """The gradient of a piece is what lies in its place in the gradient of the whole."""
     dim = dim if axis is None else axis
-    samples = [None if op.protects(each) else op.samples(each) for each in tensors]
+    samples = [None if op.is_protected(each) else op.samples(each) for each in tensors]
     n = max((len(each) for each in samples if each is not None), default=0)
-    if not any(map(op.varies, tensors)) or len({each.dim() for each in tensors}) > 1:
+    if len({each.dim() for each in tensors}) > 1:
         raise NotCovered
     pieces, start = [], 0
     starts: dict[Tensor, list[int]] = {}
@@ -36,16 +36,16 @@ def cat(
     gradients: dict[Tensor | None, Callable[[Tensor], Gradient]] = {
         each: piece(each.shape[dim], starts[each]) for each in tensors if each in starts
     }
-    return op.watch(torch.cat(pieces, axis), gradients)
+    return op.record(torch.cat(pieces, axis), gradients)
 
 
-@rewriting(torch.stack)
+@decomposition(torch.stack)
 def stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Joined along a dimension of their own."""
     return torch.cat([each.unsqueeze(dim) for each in tensors], dim)
 
 
-@rewriting(torch.Tensor.repeat)
+@decomposition(torch.Tensor.repeat)
 def repeat(input: Tensor, *sizes: Any) -> Tensor:
     """Once in each dimension, as a token for a batch of one."""
     times = sizes[0] if isinstance(sizes[0], Sequence) else sizes

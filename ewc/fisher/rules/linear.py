@@ -20,7 +20,7 @@ def linear(op: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = N
     if value.dim() != 2:
         raise NotCovered
     out = F.linear(x, value, None if bias is None else op.value(bias))
-    return op.watch(
+    return op.record(
         out,
         {
             weight: lambda g: Outer(positions(g), positions(x)),
@@ -39,7 +39,7 @@ def addmm(
         raise NotCovered
     x = op.samples(mat1)
     out = F.linear(x, weight.t(), bias)
-    return op.watch(
+    return op.record(
         out,
         {
             mat2: lambda g: Outer(positions(x), positions(g)),
@@ -60,4 +60,4 @@ def bilinear(
         products = positions(x).unsqueeze(3) * positions(y).unsqueeze(2)
         return Outer(positions(g), products.flatten(2), shape=weight.shape)
 
-    return op.watch(out, {weight: weight_gradient, bias: lambda g: Total(positions(g))})
+    return op.record(out, {weight: weight_gradient, bias: lambda g: Total(positions(g))})

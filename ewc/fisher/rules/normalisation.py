@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewc.fisher.gradients import Total
-from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, rule
 
 
 def _affine(
@@ -36,7 +36,7 @@ def _affine(
         summed = summands.sum(shared) if shared else summands
         return Total(summed.unsqueeze(1))
 
-    return op.watch(out, {weight: lambda g: total(g * normalise(None, None)), bias: total})
+    return op.record(out, {weight: lambda g: total(g * normalise(None, None)), bias: total})
 
 
 @rule(F.layer_norm, torch.layer_norm)
@@ -197,10 +197,4 @@ def prelu(op: Operation, input: Tensor, weight: Tensor) -> Tensor:
             return Total(summands.unsqueeze(1))
         return Total(summands.flatten(3).sum(3) if x.dim() > 3 else summands)
 
-    return op.watch(out, {weight: slope_gradient})
-
-
-@rewriting(torch._weight_norm)
-def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """`g v / |v|`, the norm over all dimensions but `dim`: what `vmap` would do in a loop."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    return op.record(out, {weight: slope_gradient})

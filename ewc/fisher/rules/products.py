@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ewc.fisher.compositions import Arranged
-from ewc.fisher.gradients import Gradient, Outer, Total, alike
+from ewc.fisher.gradients import Arranged, Gradient, Outer, Total, alike
 from ewc.fisher.rules.linear import positions
-from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 LOOP_ELEMENTS = 2**12
 """How large the matrices of a stack must be to be worth a call each."""
@@ -55,7 +54,7 @@ class Outers(Gradient):
 def contract(op: Operation, input: Tensor, weight: Tensor, x: str, w: str, out: str) -> Tensor:
     """`torch.einsum(f"{x},{w}->{out}", input, weight)`, one letter for each dimension."""
     value, data = op.value(weight), op.samples(input)
-    if len(set(x)) < len(x) or len(set(w)) < len(w) or not op.varies(input):
+    if len(set(x)) < len(x) or len(set(w)) < len(w):
         raise NotCovered
     sizes, given = dict(zip(w, value.shape, strict=True)), dict(zip(x, input.shape, strict=True))
     # A dimension of size one that stands for any number of times the same is left out.
@@ -91,12 +90,12 @@ def contract(op: Operation, input: Tensor, weight: Tensor, x: str, w: str, out: 
         shape = [sizes[at] for at in order]
         return Arranged(inner, flat, shape, [order.index(at) for at in w])
 
-    return op.watch(torch.einsum(f"{n}{x},{within}->{n}{out}", data, value), {weight: gradient})
+    return op.record(torch.einsum(f"{n}{x},{within}->{n}{out}", data, value), {weight: gradient})
 
 
 def _either(op: Operation, a: Tensor, b: Tensor, of_a: str, of_b: str, out: str) -> Tensor:
     """A contraction in which either `a` or `b` is the parameter."""
-    if op.protects(b):
+    if op.is_protected(b):
         return contract(op, a, b, of_a, of_b, out)
     return contract(op, b, a, of_b, of_a, out)
 
@@ -105,10 +104,10 @@ def _either(op: Operation, a: Tensor, b: Tensor, of_a: str, of_b: str, out: str)
 @rule(torch.bmm, torch.Tensor.bmm, torch.mv, torch.Tensor.mv, torch.dot, torch.Tensor.dot)
 def matmul(op: Operation, input: Tensor, other: Tensor) -> Tensor:
     """`grad W[n, i, o] = sum_s x[n, s, i] g[n, s, o]` for `x @ W`; others as they come."""
-    if op.protects(other) and other.dim() == 2 and input.dim() > 0:
+    if op.is_protected(other) and other.dim() == 2 and input.dim() > 0:
         x = op.samples(input)
         out = x @ op.value(other)
-        return op.watch(out, {other: lambda g: Outer(positions(x), positions(g))})
+        return op.record(out, {other: lambda g: Outer(positions(x), positions(g))})
     if input.dim() == 0 or other.dim() == 0:
         raise NotCovered
     batch = ascii_letters[: max(input.dim(), other.dim(), 2) - 2]
@@ -175,7 +174,7 @@ def einsum(op: Operation, equation: str, *operands: Tensor) -> Tensor:
     return _either(op, *operands, one, other, out.replace("...", "".join(dots)))
 
 
-@rewriting(torch.baddbmm, torch.Tensor.baddbmm)
+@decomposition(torch.baddbmm, torch.Tensor.baddbmm)
 def baddbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:

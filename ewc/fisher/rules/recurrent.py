@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ewc.fisher.gradients import Outer, Total
 from ewc.fisher.rules.lstm_scan import LSTMScan
-from ewc.fisher.rules.registry import NotCovered, Operation, rewriting, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 
 class _Weights(NamedTuple):
@@ -77,7 +77,7 @@ class _Layer:
         bias = None if weights.input_bias is None else self._op.value(weights.input_bias)
         if bias is not None and self.hidden_bias is not None and not gru:
             bias = bias + self.hidden_bias
-        return self._op.watch(
+        return self._op.record(
             F.linear(x, self._op.value(weights.input), bias),
             {
                 weights.input: lambda g: Outer(self._by_sample(g), self._by_sample(x)),
@@ -96,7 +96,7 @@ class _Layer:
         if self.projection is None:
             return h
         rows, sizes = h.detach(), (self._samples, -1)
-        return self._op.watch(
+        return self._op.record(
             F.linear(h, self.projection),
             {
                 self._weights.projection: lambda g: Outer(
@@ -245,7 +245,7 @@ def lstm(
     return _layers(op, _lstm, input, hx, weights, directions, batch_first)
 
 
-@rewriting(torch.rnn_tanh_cell)
+@decomposition(torch.rnn_tanh_cell)
 def rnn_tanh_cell(
     input: Tensor,
     hx: Tensor,
@@ -258,7 +258,7 @@ def rnn_tanh_cell(
     return torch.tanh(F.linear(input, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
 
 
-@rewriting(torch.rnn_relu_cell)
+@decomposition(torch.rnn_relu_cell)
 def rnn_relu_cell(
     input: Tensor,
     hx: Tensor,
@@ -271,7 +271,7 @@ def rnn_relu_cell(
     return torch.relu(F.linear(input, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
 
 
-@rewriting(torch.gru_cell)
+@decomposition(torch.gru_cell)
 def gru_cell(
     input: Tensor,
     hx: Tensor,
@@ -288,7 +288,7 @@ def gru_cell(
     return new + update * (hx - new)
 
 
-@rewriting(torch.lstm_cell)
+@decomposition(torch.lstm_cell)
 def lstm_cell(
     input: Tensor,
     hx: Sequence[Tensor],

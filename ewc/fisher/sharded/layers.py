@@ -82,7 +82,7 @@ class _Piece(NamedTuple):
     offset: int
 
 
-class Layers:
+class ShardedModel:
     """Runs a sharded model whole, one layer at a time; a context manager.
 
     Args:

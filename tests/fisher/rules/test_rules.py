@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ewc.fisher import Dense, NotCovered, Operation, Outer, rewriting, rule
+from ewc.fisher import Dense, NotCovered, Operation, Outer, decomposition, rule
 from ewc.fisher.rules import registry
 from tests.support.rules import check, few, noise, seeds, small
 
@@ -186,12 +186,12 @@ def test_attention(n: int, s: int, heads: int, causal: bool, masked: bool, seed:
 @pytest.fixture
 def kept_registry() -> Any:
     """Leaves the registered rules as they were."""
-    rules, rewritings = dict(registry.RULES), dict(registry.REWRITINGS)
+    rules, decompositions = dict(registry.RULES), dict(registry.DECOMPOSITIONS)
     yield
     registry.RULES.clear()
     registry.RULES.update(rules)
-    registry.REWRITINGS.clear()
-    registry.REWRITINGS.update(rewritings)
+    registry.DECOMPOSITIONS.clear()
+    registry.DECOMPOSITIONS.update(decompositions)
 
 
 class Distances(nn.Module):
@@ -215,7 +215,7 @@ def distances(op: Operation, x1: Tensor, x2: Tensor, *, slip: float = 1, **optio
         g = slip * g / out
         return Dense(g.sum(1).unsqueeze(2) * centres - g.mT @ x)
 
-    return op.watch(out, {x2: gradient})
+    return op.record(out, {x2: gradient})
 
 
 @pytest.mark.usefixtures("kept_registry")
@@ -233,8 +233,8 @@ def test_a_rule_that_is_wrong_is_found_out() -> None:
 
 
 @pytest.mark.usefixtures("kept_registry")
-def test_a_rewriting_of_the_users_own() -> None:
-    @rewriting(torch.cdist)
+def test_a_decomposition_of_the_users_own() -> None:
+    @decomposition(torch.cdist)
     def cdist(x1: Tensor, x2: Tensor, **options: Any) -> Tensor:
         return (x1.unsqueeze(-2) - x2).square().sum(-1).sqrt()
 

@@ -1,0 +1,158 @@
+"""Assembles the squared gradients of parameters from those of the weights that met the samples."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ewc.fisher.gradients import Dense, Gradient, add_square
+from ewc.fisher.paths.structure import Structures, lead_back
+from ewc.fisher.paths.weights import Weight
+
+SAMPLES_BYTES = 2**24
+"""How much memory the per-sample gradients that are led back may take at a time."""
+
+
+class Assembly:
+    """One batch: takes gradients of weights, adds the squares of those of the parameters.
+
+    A weight is *separate* if every entry of its parameters reaches at most one entry of their
+    weights: then what comes back to it is squared at once. Other gradients are summed over all
+    weights of a parameter before squaring.
+
+    Args:
+        weights: All effective weights that were used.
+        totals: For each parameter, where its squares are added.
+        structures: Decides which weights are separate.
+    """
+
+    def __init__(
+        self, weights: Sequence[Weight], totals: Mapping[str, Tensor], structures: Structures
+    ) -> None:
+        by_name: dict[str, list[Weight]] = {}
+        for weight in weights:
+            for name in weight.parameters:
+                by_name.setdefault(name, []).append(weight)
+        joint = {name for name, each in by_name.items() if not structures.are_separate(name, each)}
+        self._totals = totals
+        self._joint = [weight for weight in weights if not joint.isdisjoint(weight.parameters)]
+        self._separate = [weight for weight in weights if weight not in self._joint]
+        self._squares: dict[Weight, Tensor] = {}
+        self._groups = _connected(self._joint, joint)
+
+    def receive(self, weight: Weight, gradient: Gradient) -> None:
+        """Take what has come back to one use of a weight."""
+        if not weight.parameters:
+            return  # left to the loop
+        weight.received.append(gradient)
+        if weight.is_complete and weight not in self._joint:
+            self._square(weight)
+
+    def end_reverse(self) -> None:
+        """End one reverse pass: square what waits for further gradients, of which none comes."""
+        for weight in self._separate:
+            if weight.received:
+                self._square(weight)
+        for group in self._groups:
+            self._square_sum([weight for weight in group if weight.received])
+
+    def end(self) -> None:
+        """End the batch: lead the squares of separate weights back to their parameters."""
+        if not self._squares:
+            return
+        weights = list(self._squares)
+        parameters = _parameters(weights)
+        for name, gradient in zip(parameters, self._lead_back(weights, parameters), strict=True):
+            if gradient is not None:
+                add_square(self._totals[name], gradient)
+
+    def _lead_back(
+        self, weights: list[Weight], parameters: Mapping[str, Tensor]
+    ) -> list[Tensor | None]:
+        """`J^T sqrt(squares)`, of separate weights: no two of them reach the same entry."""
+        roots = [self._squares.pop(weight).sqrt_() for weight in weights]
+        found = lead_back(weights, roots, list(parameters.values()))
+        if all(weight.layout.element_size() >= 4 for weight in weights):
+            return found
+        # In half precision a square root is led back in two parts, to keep its digits.
+        rests = [r - r.to(w.layout.dtype) for w, r in zip(weights, roots, strict=True)]
+        others = lead_back(weights, rests, list(parameters.values()))
+        return [
+            None if one is None or other is None else one.float() + other.float()
+            for one, other in zip(found, others, strict=True)
+        ]
+
+    def _square(self, weight: Weight) -> None:
+        """Add the squares of a separate weight, to be led back if it is not a parameter."""
+        if weight.is_parameter:
+            weight.take().add_squares(self._totals[weight.name])
+            return
+        if weight not in self._squares:
+            wide = torch.promote_types(weight.layout.dtype, torch.float32)
+            self._squares[weight] = torch.empty_strided(
+                weight.layout.shape, weight.layout.stride(), dtype=wide, device=weight.device
+            ).zero_()
+        weight.take().add_squares(self._squares[weight])
+
+    def _square_sum(self, weights: list[Weight]) -> None:
+        """Sum the gradients of several weights, some samples at a time, and add the squares."""
+        if not weights:
+            return
+        parameters = _parameters(weights)
+        gradients = [weight.take() for weight in weights]
+        elements = sum(each.numel() for each in parameters.values()) + sum(
+            max(weight.layout.numel(), gradient.elements_per_sample(weight.layout))
+            for weight, gradient in zip(weights, gradients, strict=True)
+        )
+        step = max(1, SAMPLES_BYTES // (weights[0].layout.element_size() * max(1, elements)))
+        samples = gradients[0].samples
+        for start in range(0, samples, step):
+            stop = min(start + step, samples)
+            parts = [gradient.per_sample(start, stop) for gradient in gradients]
+            for name, gradient in _summed(weights, parts, parameters).items():
+                Dense(gradient).add_squares(self._totals[name])
+
+
+def _summed(
+    weights: Sequence[Weight], gradients: Sequence[Tensor], parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The per-sample gradients of parameters, `[n, *shape]`, from those of their weights."""
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:
+            found[name] = gradient if name not in found else found[name] + gradient
+
+    made = [n for n, weight in enumerate(weights) if not weight.is_parameter]
+    for weight, gradient in zip(weights, gradients, strict=True):
+        if weight.is_parameter:
+            add(weight.name, gradient)
+    if made:
+        back = lead_back(
+            [weights[n] for n in made],
+            [gradients[n] for n in made],
+            list(parameters.values()),
+            batched=True,
+        )
+        for name, led_back in zip(parameters, back, strict=True):
+            add(name, led_back)
+    return found
+
+
+def _parameters(weights: Sequence[Weight]) -> dict[str, Tensor]:
+    return {name: each for weight in weights for name, each in weight.parameters.items()}
+
+
+def _connected(weights: Sequence[Weight], names: set[str]) -> list[list[Weight]]:
+    """Groups of weights, so that no two groups have one of the parameters `names` in common."""
+    groups: list[tuple[list[Weight], set[str]]] = []
+    for weight in weights:
+        members, shared = [weight], names & weight.parameters.keys()
+        rest = []
+        for group in groups:
+            if shared.isdisjoint(group[1]):
+                rest.append(group)
+            else:
+                members, shared = [*group[0], *members], shared | group[1]
+        groups = [*rest, (members, shared)]
+    return [members for members, _ in groups]

@@ -1,0 +1,272 @@
+"""Acts where parameters meet samples.
+
+A model runs on single samples inside `vmap`, while a `TorchFunctionMode` is shown every call of a
+PyTorch function. A call in which an effective weight (`weights.py`) meets a tensor with samples is
+a *meeting*. Only there something is done, the first of these that applies:
+
+1. a *decomposition* replaces the call by simpler ones, which are looked at in their turn;
+2. a *rule* computes the output, and says what the per-sample gradients of the weight are;
+3. the body of a function of PyTorch that is written in Python is run call by call;
+4. the weight is replaced by a *copy per sample* (an expanded view, without memory of its own), for
+   this call alone: the gradient of the copy is the per-sample gradient.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from ewc import _vmap
+from ewc.fisher.gradients import Dense, Gradient
+from ewc.fisher.paths import branches
+from ewc.fisher.paths.weights import Weight, Weights, is_weight
+from ewc.fisher.rules.registry import ALWAYS, DECOMPOSITIONS, RULES, NotCovered, accepts
+
+_REVERSE = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
+
+_STRIDED = {torch.as_strided, torch.Tensor.as_strided}
+
+Receive = Callable[[Weight, Gradient], None]
+"""Takes a gradient that has come back to one use of a weight."""
+
+
+class PerSampleMode(TorchFunctionMode):
+    """One forward pass of a model on N samples inside `vmap`; the `Operation` of the rules.
+
+    Args:
+        parameters: The protected parameters by name.
+        samples: N.
+
+    Attributes:
+        level: The nesting level of that `vmap`, to be set before the mode is entered.
+        weights: The effective weights that were met.
+        receive: Takes the gradients in the reverse pass, to be set before it begins.
+        is_last: Whether no other reverse pass will follow the present one.
+        reads: Whether the model has read values out of a tensor, to branch on them.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], samples: int) -> None:
+        super().__init__()
+        self.level = 0
+        self.weights = Weights(parameters)
+        self.receive: Receive
+        self.is_last = False
+        self.reads = False
+        self._samples = samples
+        self._copies: dict[Weight, Tensor] = {}
+        self._kept: dict[int, int] = {}
+
+    @property
+    def kept_bytes(self) -> int:
+        """The memory of what went into operations with a rule, and of what came out."""
+        return sum(self._kept.values())
+
+    @property
+    def copied_bytes(self) -> int:
+        """The memory of the written-out gradients of copies, for one sample."""
+        return sum(w.layout.numel() * w.layout.element_size() for w in self._copies)
+
+    def is_copied(self, weight: Weight, leaves: Collection[int]) -> bool:
+        """Whether a weight lacked a rule in an operation that the outputs depend on.
+
+        Args:
+            weight: The weight.
+            leaves: The ids of the leaves of the outputs' graph.
+        """
+        return weight.lacks_rule and id(self._copies[weight]) in leaves
+
+    # The interface for rules: `Operation`.
+
+    def samples(self, tensor: Tensor) -> Tensor:
+        """See `Operation.samples`."""
+        if self.is_protected(tensor):
+            return self._copy(tensor)
+        physical = _vmap.physical(tensor, self.level)
+        if physical is None:
+            return tensor.expand(self._samples, *tensor.shape)
+        self._weigh(physical)
+        return physical
+
+    def is_protected(self, tensor: object) -> bool:
+        """See `Operation.is_protected`."""
+        return is_weight(tensor) and self.weights[tensor] is not None
+
+    def value(self, weight: Tensor) -> Tensor:
+        """See `Operation.value`."""
+        if _vmap.is_batched(weight, self.level) or weight.is_complex():
+            raise NotCovered
+        return weight.detach()
+
+    def record(
+        self, output: Tensor, gradients: Mapping[Tensor | None, Callable[[Tensor], Gradient]]
+    ) -> Tensor:
+        """See `Operation.record`."""
+        uses: list[tuple[Weight, Callable[[Tensor], Gradient]]] = []
+        for tensor, gradient in gradients.items():
+            weight = self.weights[tensor] if is_weight(tensor) else None
+            if weight is not None:
+                weight.uses += 1
+                uses.append((weight, gradient))
+        if not uses:
+            return output
+        self._weigh(output)
+
+        def receive(g: Tensor) -> None:
+            for weight, gradient in uses:
+                self.receive(weight, gradient(g.detach()))
+            if self.is_last:
+                uses.clear()  # and with it what the rules have kept
+
+        if not output.requires_grad:
+            root = output.detach().requires_grad_()
+            root.register_hook(receive)
+            return _alias(root)
+        if output._is_view():
+            output = _alias(output)
+        output.register_hook(receive)
+        return output
+
+    # The interface for PyTorch.
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Perform one call of `func`."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__contains__:
+            func, args = torch.Tensor.__bool__, ((args[0] == args[1]).any(),)
+        if func in branches.READS and _vmap.is_batched(args[0], self.level):
+            return self._read(func, *args, **kwargs)
+        at_level = _vmap.level() == self.level
+        if func in _REVERSE and at_level:
+            # These gradients would come to the hooks of the rules, which are for the terms alone.
+            raise RuntimeError("the model differentiates by autograd inside its forward")
+        if func in _STRIDED and self._shares_memory(args[0]):
+            # All samples of a copy lie in the same memory; its gradient would be divided up.
+            raise RuntimeError("the model reads a copy of a parameter by as_strided")
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if not at_level:  # inside a transform of the model's own, which no rule looks into
+            return func(*self._with_copies(args), **self._with_copies(kwargs))
+        meets = self._meets(args, kwargs)
+        if not meets and func not in ALWAYS:
+            return func(*args, **kwargs)
+        try:
+            if meets and accepts(DECOMPOSITIONS.get(func), args, kwargs):
+                with self:
+                    return DECOMPOSITIONS[func](*args, **kwargs)
+            if accepts(RULES.get(func), (self, *args), kwargs):
+                with _vmap.beneath():
+                    outputs = RULES[func](self, *args, **kwargs)
+                return self._logical(outputs)
+        except NotCovered:
+            pass
+        if not meets:
+            return func(*args, **kwargs)
+        body = _body(func)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        return func(*self._with_copies(args), **self._with_copies(kwargs))
+
+    def _meets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an effective weight is among the arguments of a call, and a tensor with samples.
+
+        Called for every operation of the model: hence no walk through nested arguments.
+        """
+        weights, samples = False, False
+        for argument in (*args, *kwargs.values()):
+            for each in argument if isinstance(argument, (tuple, list)) else (argument,):
+                if isinstance(each, Tensor):
+                    if _vmap.is_batched(each):
+                        samples = True
+                    elif not weights and each.requires_grad:
+                        weights = self.weights[each] is not None
+        return weights and samples
+
+    def _logical(self, outputs: Any) -> Any:
+        """What a rule returned, as the model sees it."""
+        if isinstance(outputs, Tensor):
+            return _vmap.logical(outputs, self.level)
+        return tree_map_only(Tensor, lambda out: _vmap.logical(out, self.level), outputs)
+
+    def _read(self, func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.reads = True
+        values = _vmap.physical(tensor, self.level)
+        if values is None or _vmap.level() != self.level:
+            return func(tensor, *args, **kwargs)
+        return branches.read(func, values, *args, **kwargs)
+
+    def _with_copies(self, arguments: Any) -> Any:
+        """The arguments of a call, each effective weight replaced by its copies."""
+
+        def replace(tensor: Tensor) -> Tensor:
+            outer = _vmap.inner(tensor, self.level)  # as it is outside the model's transforms
+            if not self.is_protected(outer):
+                return tensor
+            with _vmap.below(self.level):
+                copies = self._copy(outer)
+            weight = self.weights[outer]
+            assert weight is not None
+            weight.lacks_rule = True
+            return _vmap.with_samples_of(_vmap.logical(copies, self.level), tensor, self.level)
+
+        return tree_map_only(Tensor, replace, arguments)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        """A weight once for each sample, `[N, *shape]`; to be called beneath the `vmap`."""
+        weight = self.weights[tensor]
+        assert weight is not None
+        if weight not in self._copies:
+            root = tensor.detach().expand(self._samples, *tensor.shape).requires_grad_()
+            root.register_hook(lambda g: self.receive(weight, Dense(g.detach())))
+            weight.uses += 1
+            self._copies[weight] = root
+        return self._copies[weight]
+
+    def _shares_memory(self, tensor: Tensor) -> bool:
+        """Whether all samples of a tensor lie in the same memory, as those of a copy do."""
+        physical = _vmap.physical(tensor, self.level)
+        return physical is not None and physical.stride(0) == 0
+
+    def _weigh(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._kept[storage.data_ptr()] = storage.nbytes()
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The same tensor, but neither leaf nor view: operations in place may write to it."""
+    alias: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return alias
+
+
+@cache
+def _body(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A function of PyTorch that is written in Python, so that its calls are seen one by one.
+
+    Such a function first asks whether a mode wants to see it, and is seen in one piece then. Here
+    that question is answered by no. None for other functions.
+    """
+    if not isinstance(func, FunctionType) or func.__module__ not in (
+        "torch.nn.functional",
+        "torch.functional",
+    ):
+        return None
+    answers = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"),
+        lambda *tensors: False,
+    )
+    body = FunctionType(
+        func.__code__, {**func.__globals__, **answers}, func.__name__, None, func.__closure__
+    )
+    body.__defaults__, body.__kwdefaults__ = func.__defaults__, func.__kwdefaults__
+    return body

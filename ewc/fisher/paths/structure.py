@@ -1,0 +1,162 @@
+"""How effective weights depend on a parameter, found out by autograd.
+
+With `J` for the derivative of an effective weight `q` by a parameter `p`, the gradient of sample n
+is `J^T g_n`. Where every entry of `p` reaches at most one entry of `q`, squares need no per-sample
+gradients of `p`:
+
+    sum_n (J^T g_n)^2 = (J^T sqrt(sum_n g_n^2))^2
+
+Views, casts and elementwise functions are of this kind. Which are, is tested and not listed:
+`(J^T v)^2 = J^T(v^2) J^T 1` holds for a generic `v` if and only if `J` is.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from ewc.fisher.paths.graph import nodes
+from ewc.fisher.paths.weights import Weight
+
+
+class Structures:
+    """Which parameters reach at most one entry of their weights, decided once for each structure.
+
+    Reading the verdict waits for a device. To sum before squaring is right for any structure, so
+    the verdict that a parameter needs it is kept for the whole collection. The other verdict is
+    kept for as long as the same graphs lead to the weights, built from the same constants.
+
+    Args:
+        keep: Whether verdicts are kept. Several processes that gather a parameter together must
+            decide together, every time.
+    """
+
+    def __init__(self, *, keep: bool) -> None:
+        self._keep = keep
+        self._joint: set[str] = set()
+        self._separate: dict[str, _Graphs] = {}
+
+    def are_separate(self, name: str, weights: Sequence[Weight]) -> bool:
+        """Whether every entry of a parameter reaches at most one entry, of all the weights.
+
+        Args:
+            name: The parameter's name.
+            weights: All weights that were made of it.
+        """
+        if len(weights) == 1 and weights[0].is_parameter:
+            return True
+        if any(weight.is_parameter or weight.layout.is_complex() for weight in weights):
+            return False
+        if not self._keep:
+            return _are_separate(weights, weights[0].parameters[name])
+        if name in self._joint:
+            return False
+        graphs, known = _Graphs.of(weights), self._separate.get(name)
+        if graphs is not None and known is not None and known.key == graphs.key:
+            return True
+        is_separate = _are_separate(weights, weights[0].parameters[name])
+        if not is_separate:
+            self._joint.add(name)
+        elif graphs is not None:
+            self._separate[name] = graphs
+        return is_separate
+
+
+def lead_back(
+    weights: Sequence[Weight],
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    batched: bool = False,
+) -> list[Tensor | None]:
+    """The gradients of parameters, `sum over weights of J^T g`, or None where nothing arrives.
+
+    Args:
+        weights: The weights, of which none is a parameter.
+        gradients: For each its gradient, `[*shape]`, or `[n, *shape]` if `batched`.
+        parameters: The parameters.
+        batched: Whether the gradients are those of n samples.
+    """
+    typed = [g.to(w.layout.dtype) for w, g in zip(weights, gradients, strict=True)]
+    found: Sequence[Tensor | None] = torch.autograd.grad(
+        [weight.edge for weight in weights],
+        parameters,
+        typed,
+        retain_graph=True,  # a model may keep a weight for its next run
+        allow_unused=True,
+        is_grads_batched=batched,
+    )
+    return list(found)
+
+
+def _are_separate(weights: Sequence[Weight], parameter: Tensor) -> bool:
+    reached = torch.zeros(parameter.shape, dtype=torch.int32, device=parameter.device)
+    holds = []
+    for weight in weights:
+        v = _generic(weight)
+        ones, once, twice = (
+            lead_back([weight], [each], [parameter])[0] for each in (torch.ones_like(v), v, v * v)
+        )
+        if ones is None or once is None or twice is None:
+            continue
+        if ones.is_complex() or ones.is_sparse:
+            return False
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        slope, once, twice = ones.to(wide), once.to(wide), twice.to(wide)
+        # Scaling by powers of two commutes with rounding, in half precision too.
+        holds.append(((once * once - twice * slope).abs() <= 1e-6 * once * once).all())
+        reached += slope != 0
+    return not holds or bool(torch.stack([*holds, (reached <= 1).all()]).all())
+
+
+def _generic(weight: Weight) -> Tensor:
+    """Powers of two without a pattern, of the weight's shape; drawn from no random stream."""
+    index = torch.arange(weight.layout.numel(), device=weight.device)
+    scattered = (index * 2654435761 + 12345) % 2**32
+    scattered = ((scattered ^ (scattered >> 15)) * 2246822519) % 2**32 >> 13
+    return (1 << scattered % 8).to(weight.layout.dtype).view(weight.layout.shape)
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """What tells the graphs of some weights from others.
+
+    Attributes:
+        key: Equal if the graphs are: their operations, with the numbers and tensors they keep.
+        held: Those tensors, so that no other tensor comes to lie in their place.
+    """
+
+    key: Hashable
+    held: list[Tensor]
+
+    @classmethod
+    def of(cls, weights: Sequence[Weight]) -> "_Graphs | None":
+        """None if the graphs hide what they depend on."""
+        held: list[Tensor] = []
+        key: list[Hashable] = []
+        for weight in weights:
+            key.append((weight.layout.shape, weight.layout.stride(), weight.edge.output_nr))
+            for node in nodes(weight.edge.node):
+                if isinstance(node, BackwardCFunction) or node.name().startswith("Diff"):
+                    return None  # the user's own code, or that of a scripted module
+                key.append((node.name(), *_constants(node, held)))
+        return cls(tuple(key), held)
+
+
+def _constants(node: Any, held: list[Tensor]) -> list[Hashable]:
+    """The numbers and tensors that a node of autograd keeps."""
+    found: list[Hashable] = []
+    for attribute in dir(node):
+        if not attribute.startswith("_saved_"):
+            continue
+        saved = getattr(node, attribute)
+        for each in saved if isinstance(saved, (tuple, list)) else (saved,):
+            if not isinstance(each, Tensor):
+                found.append(repr(each))
+            elif not each.requires_grad:  # else it is made of parameters, which stay as they are
+                held.append(each)
+                found.append((each.data_ptr(), each._version, each.shape, each.stride()))
+    return found

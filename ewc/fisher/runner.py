@@ -1,0 +1,134 @@
+"""Runs the model of one collection, by each of the methods, and leaves all else as it was."""
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ewc._autocast import without_autocast
+from ewc._options import FisherType
+from ewc.data.batch import Batch
+from ewc.data.calling import Forward, apply
+from ewc.fisher import terms
+from ewc.fisher.numerics import full_precision, without_cudnn
+from ewc.fisher.paths.loop import run_loop
+from ewc.fisher.paths.vectorised import Outputs, Recorded, Terms, Vectorised
+from ewc.likelihoods import Likelihood
+from ewc.model.randomness import Randomness
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model, and what is differentiated.
+
+    Attributes:
+        model: The model, in eval mode.
+        parameters: The parameters to collect, by name.
+        likelihood: Gives each sample's negative log-likelihood.
+        forward: `forward(model, batch) -> outputs`; None calls the model on the inputs.
+        fisher_type: `"empirical"`, `"exact"` or `"mc"`.
+        randomness: The random numbers of the runs.
+        restore: Takes back what a run has changed in the model.
+        hooked: The names of parameters whose gradients the loop squares in hooks, one by one.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    likelihood: Likelihood
+    forward: Forward | None
+    fisher_type: FisherType
+    randomness: Randomness
+    restore: Callable[[], None]
+    hooked: Set[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(iter(self.parameters.values())).device
+
+    @property
+    def samples_dim(self) -> int | None:
+        """The dimension of the outputs that holds the samples; None to see them one by one."""
+        return self.likelihood.batch_dim if self.likelihood.takes_batches else None
+
+    def read(
+        self, raw: Any, *, device: torch.device | None = None, targets_required: bool | None = None
+    ) -> Batch:
+        """Read a raw batch.
+
+        Args:
+            raw: The batch as the loader made it.
+            device: Where its tensors are moved; by default to the device of the parameters.
+            targets_required: Whether one bare tensor, which has no targets, is refused; by default
+                if the empirical Fisher is collected.
+        """
+        if targets_required is None:
+            targets_required = self.fisher_type == "empirical"
+        return Batch.read(
+            raw,
+            batch_dim=self.likelihood.batch_dim,
+            device=self.device if device is None else device,
+            targets_required=targets_required,
+        )
+
+    def outputs(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Run the model: its outputs, and what the likelihood gets beside them."""
+        return apply(self.model, raw, self.forward)
+
+    def terms(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
+        """What is differentiated, `[K, samples]`."""
+        return terms.terms(self.likelihood, self.fisher_type, outputs, rest, samples)
+
+    def record(
+        self, vectorised: Vectorised, batch: Batch, totals: Mapping[str, Tensor]
+    ) -> Recorded:
+        """Run forward on all samples at once."""
+        try:
+            with self.randomness.stream() as keep:
+                recorded = vectorised.forward(batch, totals)
+                keep()
+                return recorded
+        finally:
+            self.restore()
+
+    def reverse(self, recorded: Recorded) -> None:
+        """Run the reverse pass of a forward pass, and add the squares."""
+        devices = {parameter.device.type for parameter in self.parameters.values()}
+        with torch.no_grad(), without_autocast(devices), full_precision():
+            recorded.reverse()
+
+    def loop(
+        self,
+        batch: Batch,
+        totals: Mapping[str, Tensor],
+        names: Set[str],
+        *,
+        outputs: Outputs | None = None,
+        terms: Terms | None = None,
+    ) -> set[str]:
+        """Run forward and reverse on one sample at a time, and add the squares.
+
+        Args:
+            batch: The samples.
+            totals: For each parameter, where its squares are added.
+            names: The parameters to differentiate by.
+            outputs: In place of the runner's own.
+            terms: In place of the runner's own.
+
+        Returns:
+            The names of the parameters that a gradient reached.
+        """
+        parameters = {name: each for name, each in self.parameters.items() if name in names}
+        run, differentiated = outputs or self.outputs, terms or self.terms
+
+        def of_one(raw: Any) -> Tensor:
+            return differentiated(*run(raw), 1).squeeze(1)
+
+        with self.randomness.stream() as keep, without_cudnn():
+            reached = run_loop(
+                batch, parameters, totals, of_one, self.restore, hooked=self.hooked & names
+            )
+            keep()
+            return reached
