@@ -1,4 +1,4 @@
-"""Which processes consolidate a model together: the groups of DDP, of meshes, or of the user."""
+"""Which processes consolidate a model together: the group of DDP, of a mesh, or of the user."""
 
 import sys
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The processes that consolidate together: barriers, agreement, and failures that all hear of.
+"""The processes that consolidate together: barriers, agreement, and failures that all report.
 
 Each process runs over its own share of the data. No process may wait in a collective for one that
 has failed. So a barrier precedes every exchange, and a process that fails takes part in one last

@@ -75,16 +75,16 @@ def check_finite(quadratics: Mapping[str, Quadratic], reduction: str) -> None:
     overflowed = _non_finite({name: q.fisher for name, q in quadratics.items()})
     if overflowed:
         raise ValueError(
-            f"The Fisher must be finite; that of {_listed(overflowed)} overflows. Fix: check the "
-            "scale of the likelihood"
+            f"The Fisher must be finite; found that it overflows for {_listed(overflowed)}. Fix: "
+            "check the scale of the likelihood"
             + ("." if reduction == "mean" else ', or use reduction="mean".')
         )
     non_finite = _non_finite({name: q.anchor for name, q in quadratics.items()})
     if non_finite:
         raise ValueError(
-            f"Protected parameters must be finite; {_listed(non_finite)} has NaN or infinite "
-            "entries. Fix: repair the values, or exclude the parameter by requires_grad_(False) "
-            "or the argument parameters."
+            "Protected parameters must be finite; found NaN or infinite entries in "
+            f"{_listed(non_finite)}. Fix: repair the values, or exclude the parameters by "
+            "requires_grad_(False) or the argument parameters."
         )
 
 

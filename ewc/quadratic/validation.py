@@ -88,14 +88,14 @@ class Reader:
                     f"{key!r} must be {_shown(own)}, as in this object; found {_shown(found)}. "
                     "Fix: build the object as it was when the state was saved"
                 )
-        known = ["version", *self._configuration, "n_tasks", "parameters", *TABLES]
+        expected = ["version", *self._configuration, "n_tasks", "parameters", *TABLES]
         for key, value in self._saved.items():
-            if key in known:
+            if key in expected:
                 continue
             if isinstance(value, Mapping) and {"version", "kind"} <= value.keys():
                 hint = f"it is a state itself. Fix: load state[{key!r}]"
             else:
-                hint = nearest(str(key), known)
+                hint = nearest(str(key), expected)
             self.problems.append(f"unexpected key {key!r} ({hint})")
 
     def _table(self, key: str) -> Mapping[str, Any]:

@@ -62,7 +62,7 @@ def test_same_anchor_adds_nothing_to_the_constant():
     assert quadratic.constant == 0.0
 
 
-def test_newest_anchor_where_nothing_is_known():
+def test_the_latest_anchor_where_the_curvature_is_zero():
     old = Quadratic(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 1.0, 1.0]))
     new = old.plus(torch.tensor([0.0, 2.0, 0.0]), torch.tensor([0.1, 0.1, 0.1]))
     assert torch.equal(new.fisher, torch.tensor([0.0, 2.0, 1.0]))
@@ -101,7 +101,7 @@ def test_complex_parameter_has_a_real_fisher():
 
 
 @pytest.mark.parametrize(
-    ("known", "now", "expected"),
+    ("shape", "present", "expected"),
     [
         ((3, 2), (3, 2), True),
         ((3, 2), (5, 2), True),
@@ -114,8 +114,8 @@ def test_complex_parameter_has_a_real_fisher():
         ((), (1,), False),
     ],
 )
-def test_fits(known, now, expected):
-    assert fits(torch.Size(known), torch.Size(now)) is expected
+def test_fits(shape, present, expected):
+    assert fits(torch.Size(shape), torch.Size(present)) is expected
 
 
 def test_protected_rows():
