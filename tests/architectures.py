@@ -1,4 +1,4 @@
-"""A zoo of models, the awkward ones too, each with data and the path its parameters should take."""
+"""Models of many kinds, each with data and the method that its parameters should go by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """What holds for any model, likelihood, type of Fisher, split into batches and dtype.
 
-The examples are fixed (`derandomize`), and as many as a minute allows: a failure is one for all.
+The examples are fixed (`derandomize`): a failure on one machine is a failure on all.
 """
 
 import copy
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 MORE = settings(FEW, max_examples=80)
 
-# Their gradients are not per sample, or need more than the oracle knows; `tests/fisher` has them.
+# Gradients that are not per sample, or complex outputs; `tests/fisher` has tests of both.
 MODELS = sorted(set(CASES) - {"embedding by frequency", "complex"})
 
 

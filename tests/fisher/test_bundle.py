@@ -1,4 +1,4 @@
-"""Small batches that are run together: as if each had been run by itself."""
+"""Small batches are run together, and give what each gives by itself."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -76,7 +76,7 @@ def test_a_bundle_holds_no_more_samples_than_memory_allows(
     assert_close(found.sums, expected(model, data), 1e-9)
 
 
-def test_a_data_loader_may_use_its_memory_again(model: Counting) -> None:
+def test_a_data_loader_may_reuse_its_memory(model: Counting) -> None:
     data = batches(4, 4, 4, 4, 4)
     x, y = torch.empty_like(data[0][0]), torch.empty_like(data[0][1])
 
@@ -131,7 +131,7 @@ def test_inputs_that_require_gradients_keep_doing_so(model: Counting) -> None:
     assert all(x.grad is None for x, _ in data)
 
 
-def test_batches_with_something_of_their_own_go_alone(model: Counting) -> None:
+def test_batches_with_other_shared_values_are_run_separately(model: Counting) -> None:
     data = batches(4, 4, 4, 4)
     scaled = [(x, y, float(n // 2)) for n, (x, y) in enumerate(data)]
 
@@ -173,7 +173,7 @@ def test_a_sum_that_overflows_is_that_of_the_last_batch() -> None:
         collected(model, data)
 
 
-def test_empty_batches_count_as_places(model: Counting) -> None:
+def test_empty_batches_are_counted(model: Counting) -> None:
     data = batches(4, 0, 4, 0, 4)
     data[4][1][0] = -1
     with pytest.raises(InvalidBatch, match="in batch 4 "):

@@ -67,7 +67,7 @@ class Run:
         fisher: By name, on the CPU.
         devices: Of the Fisher and the anchor.
         paths: How each parameter went.
-        steps: What happened between one batch and the next, the first two left out: the first is
+        steps: What happened between one batch and the next, without the first two: the first is
             also compared with plain autograd.
         lengths: How many operations there were in each of `steps`.
         steps_of_penalty: What happened in a penalty and its reverse pass.

@@ -125,7 +125,7 @@ def test_the_same_seed_draws_the_same_targets() -> None:
         assert not torch.equal(runs[0].sums[name], again.sums[name])
 
 
-def test_samples_of_a_batch_draw_apart() -> None:
+def test_samples_of_a_batch_draw_independently() -> None:
     net = nn.Linear(2, 2, bias=False).double()
     nn.init.zeros_(net.weight)  # both classes are equally likely
     x = torch.eye(2).repeat(200, 1).double()

@@ -1,4 +1,4 @@
-"""Models and uses that lead gradients past the fast paths, or into them twice."""
+"""Hooks, checkpoints, writes in place, inner derivatives, sampled targets, autocast."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ewc.SlowPathWarning")
 
 
 class Given(Custom):
-    """Draws nothing by chance, so that the sampled Fisher is known."""
+    """Its samples do not depend on chance, so that the sampled Fisher is known."""
 
     def __init__(self) -> None:
         super().__init__(nll, sample=lambda outputs: outputs.argmin(1))
@@ -58,7 +58,7 @@ def check(
 
 
 @pytest.mark.parametrize("fisher_type", TYPES)
-def test_trainable_parameters_that_are_not_protected_lie_before(fisher_type: str) -> None:
+def test_unprotected_parameters_before_protected_ones(fisher_type: str) -> None:
     paths = check(layers(), *data(4), fisher_type, ["2.weight", "2.bias"])
     assert set(paths.values()) == {"rule"}
 
@@ -73,7 +73,7 @@ def test_inputs_that_require_a_gradient(fisher_type: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
 @pytest.mark.parametrize("fisher_type", TYPES)
-def test_a_parameter_that_is_left_out_lies_before(fisher_type: str) -> None:
+def test_a_parameter_that_goes_by_loop_before_others(fisher_type: str) -> None:
     net = layers()
     net[0] = torch.jit.script(net[0])
     paths = check(net, *data(4), fisher_type)
@@ -206,7 +206,7 @@ def test_row_40_checkpoints(fisher_type: str) -> None:
     assert ewc.n_tasks == 0
 
 
-def test_a_rule_that_is_wrong_is_found_out_for_drawn_targets_too(
+def test_a_wrong_rule_is_detected_for_sampled_targets_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ewc.fisher import Total
@@ -222,7 +222,7 @@ def test_a_rule_that_is_wrong_is_found_out_for_drawn_targets_too(
     assert set(paths.values()) == {"loop"}
 
 
-def test_drawn_targets_where_the_outputs_are_no_tensor() -> None:
+def test_sampled_targets_where_the_outputs_are_no_tensor() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -247,7 +247,7 @@ def test_drawn_targets_where_the_outputs_are_no_tensor() -> None:
     assert set(found.paths.values()) == {"rule"}
 
 
-def test_drawn_targets_where_the_outputs_are_an_object() -> None:
+def test_sampled_targets_where_the_outputs_are_an_object() -> None:
     class Density(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -317,7 +317,7 @@ def test_a_transform_that_writes_into_the_targets() -> None:
     assert_close(found.sums, oracle.empirical(layers(), (x, y), nll), 1e-9)
 
 
-def test_classes_drawn_by_the_built_in_likelihood_keep_their_paths() -> None:
+def test_sampled_classes_go_by_rule() -> None:
     summary = EWC(layers(), Classification(), fisher_type="mc").consolidate([data(4)])
     assert set(summary.paths.values()) == {"rule"}
 

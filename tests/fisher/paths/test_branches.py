@@ -1,4 +1,4 @@
-"""Models that read values out of tensors: samples that agree go together, the others apart."""
+"""Data-dependent control flow: samples that take the same branch are run together."""
 
 from typing import Any
 
@@ -70,7 +70,7 @@ def check(net: nn.Module, inputs: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_samples_that_agree_go_together(seed: int) -> None:
+def test_samples_of_one_branch_are_run_together(seed: int) -> None:
     torch.manual_seed(seed)
     check(Masked(), torch.randn(12, 3, 4).double(), "rule")
     lengths = torch.randint(1, 4, (12,))
@@ -78,16 +78,16 @@ def test_samples_that_agree_go_together(seed: int) -> None:
     check(Until(), 2 * torch.randn(16, 4).double(), "rule")
 
 
-def test_samples_that_all_agree_with_the_first_two_or_do_not() -> None:
+def test_branches_that_the_first_two_samples_take_or_do_not() -> None:
     x = torch.randn(12, 3, 4).double().clamp(min=-0.9)
     check(Masked(), x, "rule")
-    x[5:7, 0, 0] = -2  # not among those that the fast path was tried out on
+    x[5:7, 0, 0] = -2  # not among those that the fast path was verified on
     check(Masked(), x, "rule")
     check(Masked(), x[5:6].repeat(2, 1, 1), "rule")
     check(Masked(), x[4:6], "rule")
 
 
-def test_values_that_nearly_all_differ_go_one_at_a_time() -> None:
+def test_values_that_nearly_all_differ_go_by_loop() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -100,7 +100,7 @@ def test_values_that_nearly_all_differ_go_one_at_a_time() -> None:
     check(Scaled(), torch.randn(1, 4).double(), "rule")
 
 
-def test_whether_a_value_occurs() -> None:
+def test_a_branch_on_whether_a_value_occurs() -> None:
     class Padded(nn.Module):
         """Looks for padding, as the models of transformers do."""
 
@@ -117,7 +117,7 @@ def test_whether_a_value_occurs() -> None:
     check(Padded(), torch.randint(1, 5, (12, 4)), "rule")
 
 
-def test_not_a_number_agrees_with_nothing() -> None:
+def test_not_a_number_equals_no_other_value() -> None:
     class Checked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -132,7 +132,7 @@ def test_not_a_number_agrees_with_nothing() -> None:
     check(Checked(), x, "rule")
 
 
-def test_a_parameter_that_is_read_is_the_same_for_all() -> None:
+def test_a_branch_on_a_parameter_is_the_same_for_all_samples() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -82,7 +82,7 @@ def test_operators(
     "types", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 )
 @pytest.mark.parametrize("shapes", [((5, 2), (2,)), ((5, 2), ()), ((5,), (1,)), ((5,), ())])
-def test_types_are_promoted_as_ever(name: str, types: Any, shapes: Any) -> None:
+def test_types_are_promoted_as_in_pytorch(name: str, types: Any, shapes: Any) -> None:
     net = Applied(OPERATORS[name], shapes[1]).to(types[1])
     x = noise(0, *shapes[0]).to(types[0])
     seen = []

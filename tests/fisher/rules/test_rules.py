@@ -219,7 +219,7 @@ def distances(op: Operation, x1: Tensor, x2: Tensor, *, slip: float = 1, **optio
 
 
 @pytest.mark.usefixtures("kept_registry")
-def test_a_rule_of_the_users_own() -> None:
+def test_a_rule_that_a_user_registers() -> None:
     check(Distances(), noise(0, 4, 3), path="vmap")
     rule(torch.cdist)(distances)
     check(Distances(), noise(0, 4, 3), path="rule")
@@ -227,7 +227,7 @@ def test_a_rule_of_the_users_own() -> None:
 
 
 @pytest.mark.usefixtures("kept_registry")
-def test_a_rule_that_is_wrong_is_found_out() -> None:
+def test_a_wrong_rule_is_detected() -> None:
     rule(torch.cdist)(partial(distances, slip=2))
     check(Distances(), noise(0, 4, 3), path="loop")
 
