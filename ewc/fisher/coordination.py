@@ -54,8 +54,10 @@ class Coordination(Protocol):
         """The samples that are run together where the model branches; none to run the loop."""
         ...
 
-    def differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
-        """The names whose sums differ by more than rounding."""
+    def differing(
+        self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, is_half: bool
+    ) -> set[str]:
+        """The names whose sums differ by more than rounding, in half precision or in full."""
         ...
 
     def are_finite(self, sums: Mapping[str, Tensor]) -> Tensor:
@@ -107,9 +109,11 @@ class Independent:
         few = len(divergence.groups) <= max(batch.size / 2, A_FEW)
         return divergence.groups if few else []
 
-    def differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
+    def differing(
+        self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, is_half: bool
+    ) -> set[str]:
         """The names whose sums differ by more than rounding."""
-        return differing(found, expected, largest(expected))
+        return differing(found, expected, largest(expected), is_half=is_half)
 
     def are_finite(self, sums: Mapping[str, Tensor]) -> Tensor:
         """For each sum, whether its largest entry is finite; the sum of all may overflow."""

@@ -1,10 +1,10 @@
-"""Finds a module whose output for one sample depends on the others in its batch.
+"""Finds a module that mixes the samples of a batch.
 
-The Fisher information is a mean over samples, each of them alone. A model that lets the samples
-of a batch see each other, in eval mode too, is trained on something else: that is an error.
+The Fisher information is a mean over independent samples. A module whose output for one sample
+depends on the others in its batch, in eval mode too, has no such mean: that is an error.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ewc.data.batch import Batch
-from ewc.fisher.numerics import full_precision
+from ewc.fisher.numerics import full_precision, is_half_precision
 from ewc.fisher.paths.branches import READS
 
 _OTHER_OUTPUT = "the output for a sample depends on its batch"
@@ -22,10 +22,10 @@ Record = list[tuple[str, list[Tensor], list[Tensor]]]
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
-    """Refuse batch normalisations without running statistics.
+    """Refuse batch normalisation without running statistics.
 
     Raises:
-        ValueError: If there is one, with its name.
+        ValueError: There is one, with its name.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
@@ -33,10 +33,14 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 class Runs:
-    """What a model returned for some batches, and whether it read values on the way.
+    """Runs a model, and keeps its outputs.
 
     Args:
         outputs: `outputs(raw) -> (outputs, rest)`: runs the model.
+
+    Attributes:
+        found: The tensors in the outputs of each run.
+        read: Whether the model has read values out of tensors, to branch on them.
     """
 
     def __init__(self, outputs: Callable[[Any], tuple[Any, tuple[Any, ...]]]) -> None:
@@ -46,27 +50,29 @@ class Runs:
 
     def __call__(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
         """Run the model once more."""
-        with _Readings() as readings:
+        with _ReadsMode() as reads:
             outputs, rest = self._outputs(raw)
         self.found.append(_tensors(outputs))
-        self.read = self.read or readings.seen
+        self.read = self.read or reads.seen
         return outputs, rest
 
 
 def refuse_mixing(model: nn.Module, runs: Runs, batch: Batch, restore: Callable[[], None]) -> None:
-    """Refuse a model that gives a sample one output in a batch of two, and another alone.
+    """Refuse a model whose output for a sample in a batch of two differs from that alone.
 
     Args:
         model: The model, in eval mode.
         runs: The runs on both samples together, and on each of them alone.
         batch: The two samples.
-        restore: Called after each run, so that the next one starts from the same.
+        restore: Called after each run, so that the next one starts from the same state.
 
     Raises:
-        ValueError: If it does, with the name of the first module whose outputs differ.
+        ValueError: They differ, with the name of the first module whose outputs do.
     """
     parts = (batch, batch.take(0, 1), batch.take(1, 2))
-    tolerance = _tolerance(model)
+    # Rounding depends on the size of a batch, and adds up over layers. A norm over the batch makes
+    # a difference as large as the outputs themselves.
+    tolerance = 0.2 if is_half_precision(model) else 1e-3
 
     def run(part: Batch) -> list[Tensor]:
         try:
@@ -80,7 +86,7 @@ def refuse_mixing(model: nn.Module, runs: Runs, batch: Batch, restore: Callable[
     if _agree(both, first, second, tolerance):
         return
     if runs.read or not _equal(first, run(parts[1])):
-        return  # a branch that depends on values, or random numbers: no layer that mixes
+        return  # a branch that depends on values, or random numbers: no module that mixes
     records = []
     for part in parts:
         record: Record = []
@@ -100,8 +106,8 @@ def refuse_mixing(model: nn.Module, runs: Runs, batch: Batch, restore: Callable[
     raise ValueError(_message("", model, _OTHER_OUTPUT))
 
 
-class _Readings(TorchFunctionMode):
-    """Notices whether a model reads values out of tensors, to branch on them."""
+class _ReadsMode(TorchFunctionMode):
+    """Records whether a model reads values out of tensors, to branch on them."""
 
     seen = False
 
@@ -124,27 +130,11 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf.detach().clone() for leaf in leaves if leaf.is_floating_point()]
 
 
-def _tolerance(model: nn.Module) -> float:
-    """By how much of their largest entry outputs may differ because of rounding.
-
-    Which depends on the size of a batch, and adds up over layers. A norm over the batch makes a
-    difference as large as the outputs themselves.
-    """
-    coarse = any(each.is_floating_point() and each.element_size() < 4 for each in _state(model))
-    kinds = {each.device.type for each in _state(model) if not each.is_meta}
-    return 0.2 if coarse or any(map(torch.is_autocast_enabled, kinds)) else 1e-3
-
-
-def _state(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
 def _agree(both: list[Tensor], first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
-    """Whether the outputs of two samples together are those of each alone.
+    """Whether the outputs of two samples together equal those of each alone.
 
-    The batch dimension is the one of twice the size. Outputs of other shapes, padded to the
-    longest of the batch perhaps, cannot be compared and pass.
+    The batch dimension has twice the size. Outputs of other shapes, perhaps padded to the longest
+    sample of the batch, cannot be compared and pass.
     """
     for pair, one, two in zip(both, first, second, strict=False):
         if one.shape != two.shape or pair.dim() != one.dim():

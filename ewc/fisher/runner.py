@@ -12,7 +12,7 @@ from ewc._options import FisherType
 from ewc.data.batch import Batch
 from ewc.data.calling import Forward, apply
 from ewc.fisher import terms
-from ewc.fisher.numerics import full_precision, without_cudnn
+from ewc.fisher.numerics import without_cudnn
 from ewc.fisher.paths.loop import run_loop
 from ewc.fisher.paths.vectorised import Outputs, Recorded, Terms, Vectorised
 from ewc.likelihoods import Likelihood
@@ -96,7 +96,7 @@ class Runner:
     def reverse(self, recorded: Recorded) -> None:
         """Run the reverse pass of a forward pass, and add the squares."""
         devices = {parameter.device.type for parameter in self.parameters.values()}
-        with torch.no_grad(), without_autocast(devices), full_precision():
+        with torch.no_grad(), without_autocast(devices):
             recorded.reverse()
 
     def loop(

@@ -11,7 +11,7 @@ from ewc.data.batch import Batch
 from ewc.errors import InvalidBatch
 from ewc.fisher.coordination import Coordination
 from ewc.fisher.mixing import Runs, refuse_mixing
-from ewc.fisher.numerics import full_precision
+from ewc.fisher.numerics import full_precision, is_half_precision
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.structure import Structures
 from ewc.fisher.paths.vectorised import Vectorised
@@ -93,7 +93,8 @@ def _verify(
         raise
     except Exception as error:  # whatever vmap refuses; the loop has just run the same samples
         return confirmed(error, run)
-    for name in coordination.differing(sums, expected):
+    is_half = is_half_precision(runner.model)
+    for name in coordination.differing(sums, expected, is_half=is_half):
         vectorised.fallback.setdefault(name, _DIFFERS)
     vectorised.terms, vectorised.samples_dim = runner.terms, runner.samples_dim
     return vectorised

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ewc.fisher.gradients import Dense, Gradient, add_square
+from ewc.fisher.numerics import product_context
 from ewc.fisher.paths.structure import Structures, lead_back
 from ewc.fisher.paths.weights import Weight
 
@@ -35,26 +36,28 @@ class Assembly:
                 by_name.setdefault(name, []).append(weight)
         joint = {name for name, each in by_name.items() if not structures.are_separate(name, each)}
         self._totals = totals
-        self._joint = [weight for weight in weights if not joint.isdisjoint(weight.parameters)]
-        self._separate = [weight for weight in weights if weight not in self._joint]
+        self._products = product_context()
+        self._separate = {each for each in weights if joint.isdisjoint(each.parameters)}
+        self._groups = _connected([each for each in weights if each not in self._separate], joint)
         self._squares: dict[Weight, Tensor] = {}
-        self._groups = _connected(self._joint, joint)
 
     def receive(self, weight: Weight, gradient: Gradient) -> None:
         """Take what has come back to one use of a weight."""
         if not weight.parameters:
             return  # left to the loop
         weight.received.append(gradient)
-        if weight.is_complete and weight not in self._joint:
-            self._square(weight)
+        if weight.is_complete and weight in self._separate:
+            with self._products():
+                self._square(weight)
 
     def end_reverse(self) -> None:
         """End one reverse pass: square what waits for further gradients, of which none comes."""
-        for weight in self._separate:
-            if weight.received:
-                self._square(weight)
-        for group in self._groups:
-            self._square_sum([weight for weight in group if weight.received])
+        with self._products():
+            for weight in self._separate:
+                if weight.received:
+                    self._square(weight)
+            for group in self._groups:
+                self._square_sum([weight for weight in group if weight.received])
 
     def end(self) -> None:
         """End the batch: lead the squares of separate weights back to their parameters."""
@@ -62,7 +65,9 @@ class Assembly:
             return
         weights = list(self._squares)
         parameters = _parameters(weights)
-        for name, gradient in zip(parameters, self._lead_back(weights, parameters), strict=True):
+        with self._products():
+            gradients = self._lead_back(weights, parameters)
+        for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 add_square(self._totals[name], gradient)
 

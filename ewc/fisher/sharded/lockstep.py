@@ -92,13 +92,15 @@ class LockStep:
             "sample."
         ) from divergence
 
-    def differing(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
+    def differing(
+        self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, is_half: bool
+    ) -> set[str]:
         """The names whose sums differ by more than rounding, on any process."""
         found = {name: local(each) for name, each in found.items()}
         expected = {name: local(each) for name, each in expected.items()}
         self._ranks.barrier("the comparison")
         scales = self._ranks.maximum(torch.tensor(largest(expected), dtype=torch.float64))
-        names = self._ranks.all_gather(differing(found, expected, scales.tolist()))
+        names = self._ranks.all_gather(differing(found, expected, scales.tolist(), is_half=is_half))
         return set().union(*names)
 
     def are_finite(self, sums: Mapping[str, Tensor]) -> Tensor:
