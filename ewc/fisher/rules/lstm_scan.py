@@ -13,20 +13,23 @@ from torch import Tensor
 
 
 class LSTMScan(torch.autograd.Function):
-    """`(share, weight, h0, c0) -> (states, last cell)`; no gradient of the weight is formed.
+    """`(of_inputs, of_states, weight, h0, c0) -> (states, last cell)`; none of `weight`'s gradient.
 
-    Shapes: `share` `[T, M, 4 H]` the inputs' share of the gates with the biases, `weight`
-    `[4 H, H]`, `h0` and `c0` `[M, H]`, `states` `[T, M, H]`.
+    Shapes: `of_inputs` the inputs' share of the gates and `of_states` the bias of the states',
+    both `[T, M, 4 H]`, `weight` `[4 H, H]`, `h0` and `c0` `[M, H]`, `states` `[T, M, H]`. All are
+    of one dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, share: Tensor, weight: Tensor, h0: Tensor, c0: Tensor) -> Any:
+    def forward(
+        ctx: Any, of_inputs: Tensor, of_states: Tensor, weight: Tensor, h0: Tensor, c0: Tensor
+    ) -> Any:
         """Run the steps; keep what the way back needs."""
-        steps, rows, width = share.shape[0], share.shape[1], weight.shape[1]
-        gates = share.clone(memory_format=torch.contiguous_format)
-        cells = share.new_empty(steps + 1, rows, width)
-        squashed = share.new_empty(steps, rows, width)
-        states = share.new_empty(steps, rows, width)
+        steps, rows, width = of_inputs.shape[0], of_inputs.shape[1], weight.shape[1]
+        gates = (of_inputs + of_states).contiguous()
+        cells = gates.new_empty(steps + 1, rows, width)
+        squashed = gates.new_empty(steps, rows, width)
+        states = gates.new_empty(steps, rows, width)
         cells[0] = c0
         across = weight.t()
         h = h0
@@ -45,7 +48,7 @@ class LSTMScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        """The gradients of `share`, `h0` and `c0`."""
+        """The gradients of both shares, `h0` and `c0`."""
         grad_states, grad_cell = grads
         gates, cells, squashed, weight = ctx.saved_tensors
         steps, rows, width = squashed.shape
@@ -71,4 +74,5 @@ class LSTMScan(torch.autograd.Function):
             dc = dc * f[t]
             flat = out[t].view(rows, 4 * width)
             dh = torch.addmm(grad_states[t - 1], flat, weight) if t else flat @ weight
-        return out.view(steps, rows, 4 * width), None, dh, dc
+        of_both = out.view(steps, rows, 4 * width)
+        return of_both, of_both, None, dh, dc

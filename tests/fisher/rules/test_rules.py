@@ -10,9 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ewc import Custom
 from ewc.fisher import Dense, NotCovered, Operation, Outer, decomposition, rule
 from ewc.fisher.rules import registry
-from tests.support.rules import check, few, noise, seeds, small
+from tests import oracle
+from tests.support.asserts import assert_close
+from tests.support.collecting import collected
+from tests.support.rules import check, few, loss, noise, seeds, small
 
 
 @few
@@ -159,6 +163,27 @@ def test_recurrent(
             return out, *(each.transpose(0, 1) for each in states)
 
     check(Outputs(), noise(seed, n, steps, wide))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM, partial(nn.LSTM, proj_size=3)])
+@pytest.mark.parametrize("options", [{}, {"bias": False, "bidirectional": True}])
+def test_recurrent_under_autocast(kind: Any, options: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    net, x = kind(6, 8, 2, batch_first=True, **options), torch.randn(4, 5, 6)
+    types = set()
+
+    def nll(outputs: Any) -> Tensor:
+        out, state = outputs
+        states = [each.transpose(0, 1) for each in (state if isinstance(state, tuple) else [state])]
+        types.add((out.dtype, *(each.dtype for each in states)))
+        return loss(tuple(each.double() for each in (out, *states)))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = collected(net, [(x,)], likelihood=Custom(nll))
+    assert len(types) == 1  # those of the loop and those of the rule
+    assert set(found.paths.values()) == {"rule"}, found.reasons
+    assert_close(found.sums, oracle.empirical(net, (x,), nll), 0.05)
 
 
 @few
