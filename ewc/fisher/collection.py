@@ -17,8 +17,8 @@ from ewc.fisher.coordination import Coordination, Independent
 from ewc.fisher.mixing import refuse_batch_statistics
 from ewc.fisher.numerics import without_compilation
 from ewc.fisher.runner import Runner
-from ewc.fisher.sharded.layers import ShardedModel
 from ewc.fisher.sharded.lockstep import LockStep
+from ewc.fisher.sharded.model import ShardedModel
 from ewc.fisher.verification import verify
 from ewc.likelihoods import Likelihood
 from ewc.model.guard import Guard

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ewc import EWC, Classification, OnlineEWC
-from ewc.fisher.sharded.layers import ShardedModel
+from ewc.fisher.sharded.model import ShardedModel
 from tests import oracle
 from tests.distributed.models import CLASSES, MODELS, assert_whole, build, data, full, shard, share
 from tests.distributed.workers import Workers
@@ -291,10 +291,10 @@ def one_layer_at_a_time(rank: int, world: int) -> tuple[int, int]:
             nonlocal whole, summing
             summing = max(
                 summing,
-                sum(any(w.total is not None for w in one.weights) for one in layers._layers),
+                sum(any(s.squares is not None for s in one.stand_ins) for one in layers._layers),
             )
             step(layers, layer)
-            whole = max(whole, sum(one.gathered for one in layers._layers))
+            whole = max(whole, sum(one.is_gathered for one in layers._layers))
 
         return run
 

@@ -17,7 +17,7 @@ from ewc.fisher.comparison import differing, largest
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
-from ewc.fisher.sharded.layers import ShardedModel
+from ewc.fisher.sharded.model import ShardedModel
 from ewc.processes.layout import local
 from ewc.processes.ranks import Ranks
 

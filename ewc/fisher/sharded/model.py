@@ -1,0 +1,251 @@
+"""A sharded model, run as if it were whole.
+
+The hooks of `fully_shard`, which gather a layer before it is used and release it afterwards, do
+not work inside `vmap`. During a collection they are replaced: each layer is gathered for its
+forward pass, and again when the reverse pass comes to it. Its squares are added up over the
+processes as soon as the reverse pass has left it. So no process holds more than a layer whole.
+
+Processes gather a layer together, so they must go through the layers in the same order. Before
+each gathering they meet at a barrier, and none waits for another that has failed.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from typing_extensions import Self
+
+from ewc.fisher.sharded.layers import Call, Layer, StandIn, divide, outside_of_everything
+from ewc.processes.layout import fsdp_states, is_sharded
+from ewc.processes.ranks import Ranks
+
+_PARALLEL = ("torch.distributed.fsdp", "torch.distributed.tensor")
+"""Where the hooks are defined that gather parameters, or turn inputs into DTensors."""
+
+
+class _Saved(NamedTuple):
+    """What autograd saves of a gathered parameter: where it was, not its values."""
+
+    layer: Layer
+    stand_in: StandIn
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class ShardedModel:
+    """Runs a sharded model whole, one layer at a time; a context manager.
+
+    Args:
+        model: The model; some of its parameters are `DTensor`s.
+        parameters: The parameters to collect, by name.
+        ranks: The processes that run it together.
+
+    Attributes:
+        parameters: What to differentiate by in place of each parameter, by name.
+        stand_ins: The names of the parameters that have a stand-in.
+        finite: Whether all squares of this process's own samples were finite so far, by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], ranks: Ranks
+    ) -> None:
+        self.parameters: dict[str, nn.Parameter] = dict(parameters)
+        self.stand_ins = frozenset(name for name, p in parameters.items() if is_sharded(p))
+        self._model = model
+        self._protected = parameters
+        self._ranks = ranks
+        self._whole = [
+            StandIn.of_whole(p, name) for name, p in parameters.items() if not is_sharded(p)
+        ]
+        self._layers: list[Layer] = []
+        self._stack = ExitStack()
+        self._in_reverse: Layer | None = None
+        self._storages: dict[int, tuple[Layer, StandIn]] = {}
+        self._sums: Mapping[str, Tensor] = {}
+        self._is_counted = True
+        self.assume_finite()
+
+    def assume_finite(self) -> None:
+        """Forget which squares were not finite."""
+        self.finite = {name: torch.tensor(True) for name in self._protected}
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for module, _ in fsdp_states(self._model):
+                module.reshard()  # type: ignore[operator]
+            self._layers, calls = divide(self._model, self._protected)
+            for layer in self._layers:
+                for each in layer.stand_ins:
+                    if each.name is not None:
+                        self.parameters[each.name] = each.parameter
+            for module in self._model.modules():
+                for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                    stack.callback(_put_back, hooks, copy.copy(hooks))
+                    for key in [key for key, hook in hooks.items() if _is_parallel(hook)]:
+                        del hooks[key]
+            for call in calls:
+                before, after = self._hooks(call)
+                register = call.module.register_forward_pre_hook
+                stack.callback(register(before, prepend=True, with_kwargs=True).remove)
+                stack.callback(call.module.register_forward_hook(after).remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        self.reset()
+
+    def reset(self) -> None:
+        """Release what a run, perhaps interrupted, still holds."""
+        self._in_reverse = None
+        for layer in self._layers:
+            layer.depth = 0
+            if layer.is_gathered:
+                self._release(layer)
+
+    @contextmanager
+    def adding_to(
+        self, sums: Mapping[str, Tensor], is_counted: bool
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Add up the squares of a run over all processes.
+
+        Args:
+            sums: For each parameter, where this process's part is added.
+            is_counted: Whether this process's samples count. Samples that it runs only because
+                others still have some do not.
+
+        Yields:
+            For each parameter, where the squares of this process's samples are added, whole.
+        """
+        sharded = [each for layer in self._layers for each in layer.stand_ins]
+        by_name = {s.name: s for s in (*sharded, *self._whole) if s.name is not None}
+        self._sums, self._is_counted = sums, is_counted
+        try:
+            yield _Squares(by_name)
+            for layer in self._layers:
+                self._add_up(layer)
+            for each in self._whole:
+                if each.squares is not None and is_counted and each.name is not None:
+                    self._note_finite(each.name, each.squares)
+                    sums[each.name].add_(each.squares)
+        finally:
+            self.reset()
+            for each in by_name.values():
+                each.squares = None
+
+    # Forward.
+
+    def _hooks(self, call: Call) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        layer = call.layer
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if not layer.is_gathered:
+                self._gather(layer)
+            if layer.depth == 0:
+                layer.put_in()
+            layer.depth += 1
+            return _cast((args, kwargs), layer.inputs if call.casts else None)
+
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            layer.depth -= 1
+            if layer.depth == 0:
+                layer.take_out()
+                if layer is not self._in_reverse:
+                    self._release(layer)
+            return _cast(output, layer.outputs if call.casts else None)
+
+        return before, after
+
+    def _gather(self, layer: Layer) -> None:
+        with outside_of_everything():
+            self._ranks.barrier(f"the parameters of {layer.name!r}")
+        layer.gather()
+        for each in layer.stand_ins:
+            self._storages[each.parameter.data.untyped_storage()._cdata] = layer, each
+
+    def _release(self, layer: Layer) -> None:
+        for each in layer.stand_ins:
+            self._storages.pop(each.parameter.data.untyped_storage()._cdata, None)
+        layer.release()
+
+    # Reverse.
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return tensor  # a subclass may have no memory of its own
+        found = self._storages.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return tensor
+        return _Saved(*found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    def _unpack(self, saved: Any) -> Tensor:
+        if not isinstance(saved, _Saved):
+            tensor: Tensor = saved
+            return tensor
+        if not saved.layer.is_gathered:
+            if self._in_reverse is not None:
+                self._add_up(self._in_reverse)
+                self._release(self._in_reverse)
+            self._gather(saved.layer)
+            self._in_reverse = saved.layer
+        return saved.stand_in.parameter.data.as_strided(saved.size, saved.stride, saved.offset)
+
+    def _add_up(self, layer: Layer) -> None:
+        """Add up the squares of a layer over the processes."""
+        found = [(each, each.squares) for each in layer.stand_ins if each.squares is not None]
+        if not found:
+            return
+        with outside_of_everything():
+            self._ranks.barrier(f"the squares of {layer.name!r}")
+            for each, squares in found:
+                each.squares = None
+                assert each.name is not None
+                if self._is_counted:
+                    self._note_finite(each.name, squares)
+                else:
+                    squares.zero_()
+                each.add_own_part(squares, self._ranks, self._sums[each.name])
+
+    def _note_finite(self, name: str, squares: Tensor) -> None:
+        self.finite[name] = self.finite[name].to(squares.device) & squares.sum().isfinite()
+
+
+class _Squares(Mapping[str, Tensor]):
+    """For each parameter a whole sum of squares, made when it is first asked for."""
+
+    def __init__(self, stand_ins: Mapping[str, StandIn]) -> None:
+        self._stand_ins = stand_ins
+
+    def __getitem__(self, name: str) -> Tensor:
+        stand_in = self._stand_ins[name]
+        if stand_in.squares is None:
+            stand_in.squares = stand_in.zeros()
+        return stand_in.squares
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stand_ins)
+
+    def __len__(self) -> int:
+        return len(self._stand_ins)
+
+
+def _is_parallel(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # functools.partial
+    return str(getattr(function, "__module__", "")).startswith(_PARALLEL)
+
+
+def _put_back(hooks: dict[int, Any], kept: dict[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(kept)
+
+
+def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    if dtype is None:
+        return tree
+    return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, tree)
