@@ -10,13 +10,13 @@ Views, casts and elementwise functions are of this kind. Which are, is tested an
 `(J^T v)^2 = J^T(v^2) J^T 1` holds for a generic `v` if and only if `J` is.
 """
 
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
 from ewc.fisher.paths.graph import nodes
 from ewc.fisher.paths.weights import Weight
@@ -25,9 +25,9 @@ from ewc.fisher.paths.weights import Weight
 class Structures:
     """Which parameters reach at most one entry of their weights, decided once for each structure.
 
-    Reading the verdict waits for a device. To sum before squaring is right for any structure, so
-    the verdict that a parameter needs it is kept for the whole collection. The other verdict is
-    kept for as long as the same graphs lead to the weights, built from the same constants.
+    To sum before squaring is right for any structure, so the verdict that a parameter needs it is
+    kept for the whole collection. The verdict that it does not is kept for as long as the same
+    graphs lead to the weights, from equal constants: reading a verdict waits for a device.
 
     Args:
         keep: Whether verdicts are kept. Several processes that gather a parameter together must
@@ -55,7 +55,7 @@ class Structures:
         if name in self._joint:
             return False
         graphs, known = _Graphs.of(weights), self._separate.get(name)
-        if graphs is not None and known is not None and known.key == graphs.key:
+        if graphs is not None and known is not None and known.equal(graphs):
             return True
         is_separate = _are_separate(weights, weights[0].parameters[name])
         if not is_separate:
@@ -122,41 +122,65 @@ def _generic(weight: Weight) -> Tensor:
 
 @dataclass(frozen=True)
 class _Graphs:
-    """What tells the graphs of some weights from others.
+    """All that the derivatives of some weights depend on, but for the parameters.
 
     Attributes:
-        key: Equal if the graphs are: their operations, with the numbers and tensors they keep.
-        held: Those tensors, so that no other tensor comes to lie in their place.
+        nodes: The operations, how they are connected, and their options.
+        constants: Copies of the tensors that they keep and that no parameter is in.
     """
 
-    key: Hashable
-    held: list[Tensor]
+    nodes: list[Hashable]
+    constants: list[Tensor]
 
     @classmethod
     def of(cls, weights: Sequence[Weight]) -> "_Graphs | None":
-        """None if the graphs hide what they depend on."""
-        held: list[Tensor] = []
-        key: list[Hashable] = []
-        for weight in weights:
-            key.append((weight.layout.shape, weight.layout.stride(), weight.edge.output_nr))
-            for node in nodes(weight.edge.node):
-                if isinstance(node, BackwardCFunction) or node.name().startswith("Diff"):
-                    return None  # the user's own code, or that of a scripted module
-                key.append((node.name(), *_constants(node, held)))
-        return cls(tuple(key), held)
+        """None if the graphs hide something, or if reading it would wait for a device."""
+        found = list(nodes(*[weight.edge.node for weight in weights]))
+        numbers = {node: number for number, node in enumerate(found)}
+        numbers[None] = -1
+        described: list[Hashable] = [
+            (numbers[weight.edge.node], weight.edge.output_nr, weight.layout.shape)
+            for weight in weights
+        ]
+        constants: list[Tensor] = []
+        for node in found:
+            described += [(numbers[each], at) for each, at in node.next_functions]
+            leaf = getattr(node, "variable", None)
+            if leaf is not None:
+                described.append(id(leaf))
+                continue
+            if not _GENERATED.search(node.name()):
+                return None
+            described.append(node.name())
+            for saved in _saved(node):
+                if not isinstance(saved, Tensor):
+                    described.append(repr(saved))
+                elif saved.requires_grad:
+                    continue  # made of parameters, which stay as they are
+                elif saved.is_cpu:
+                    constants.append(saved.clone())
+                else:
+                    return None
+        return cls(described, constants)
+
+    def equal(self, other: "_Graphs") -> bool:
+        """Whether the weights depend on the parameters in the same way."""
+        return self.nodes == other.nodes and all(map(torch.equal, self.constants, other.constants))
 
 
-def _constants(node: Any, held: list[Tensor]) -> list[Hashable]:
-    """The numbers and tensors that a node of autograd keeps."""
-    found: list[Hashable] = []
+_GENERATED = re.compile(r"Backward\d+$")
+"""The names of PyTorch's own nodes, which show all that they keep.
+
+Those of autograd.Functions, of scripted code and of writes into slices do not.
+"""
+
+
+def _saved(node: Any) -> Iterator[Any]:
+    """What a node of autograd keeps: tensors, numbers, shapes."""
     for attribute in dir(node):
-        if not attribute.startswith("_saved_"):
-            continue
-        saved = getattr(node, attribute)
-        for each in saved if isinstance(saved, (tuple, list)) else (saved,):
-            if not isinstance(each, Tensor):
-                found.append(repr(each))
-            elif not each.requires_grad:  # else it is made of parameters, which stay as they are
-                held.append(each)
-                found.append((each.data_ptr(), each._version, each.shape, each.stride()))
-    return found
+        if attribute.startswith("_saved_"):
+            value = getattr(node, attribute)
+            is_several = isinstance(value, (tuple, list)) and any(
+                isinstance(each, Tensor) for each in value
+            )
+            yield from value if is_several else (value,)
