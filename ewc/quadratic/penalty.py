@@ -1,40 +1,18 @@
 """The penalty as a tensor: its value and its gradient in one pass over the memory.
 
-The sum is bound by memory traffic, and plain autograd reads and writes every array several times.
-Here parameters are processed in blocks that fit into the cache, and the gradient is computed with
-the value. Small parameters are concatenated, so that a hundred biases cost one operation.
+Plain autograd reads and writes every array several times. Here the gradient is computed with the
+value, in the forward pass.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.autograd import Function
 
 from ewc._autocast import without_autocast
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Sizes, in elements.
-
-    Attributes:
-        small: The largest parameter that is concatenated with others, which takes a second copy.
-        block: How much is processed at once.
-    """
-
-    small: int
-    block: int
-
-
-# Three float32 blocks fit into a core's own cache. On an accelerator kernel launches dominate, and
-# blocks only bound the workspace.
-_CPU = _Limits(small=2**13, block=2**16)
-_ACCELERATOR = _Limits(small=2**20, block=2**24)
+from ewc.quadratic.kernels import grouped
 
 
 class Penalty:
@@ -59,7 +37,7 @@ class Penalty:
         self.anchors = anchors
         self.constant = constant
         self.dtype, self.device = result_dtype(thetas), thetas[0].device
-        self._groups = list(_grouped(thetas, precisions, anchors))
+        self._groups = list(grouped(thetas, precisions, anchors))
         self._device_types = sorted({theta.device.type for theta in thetas})
 
     def __call__(self, thetas: Sequence[Tensor], strength: float) -> Tensor:
@@ -163,100 +141,3 @@ class _Evaluate(Function):
             scaled = zip(needed, penalty.scaled(gradients, grad), strict=True)
             found = [gradient if use else None for use, gradient in scaled]
         return (None, None, *found)
-
-
-class _Group:
-    """Parameters of one device and dtype that are processed as one flat tensor.
-
-    Args:
-        indices: The positions of these parameters among all thetas.
-        thetas: Tensors with their shapes and dtypes.
-        precisions: Their curvatures.
-        anchors: Their anchors.
-        block: How many elements are processed at once.
-    """
-
-    def __init__(
-        self,
-        indices: list[int],
-        thetas: list[Tensor],
-        precisions: list[Tensor],
-        anchors: list[Tensor],
-        block: int,
-    ) -> None:
-        self._indices = indices
-        self._dtypes = [theta.dtype for theta in thetas]
-        self._anchors = anchors
-        self._block = block
-        self._zero = anchors[0].new_zeros(())
-        self._largest = torch.finfo(self._zero.dtype).max
-        self._narrowed = any(dtype is not self._zero.dtype for dtype in self._dtypes)
-        # Views of a single parameter; copies of several small ones.
-        self._blocks = list(
-            zip(
-                torch.split(_flat(precisions), block),
-                torch.split(_flat(anchors), block),
-                strict=True,
-            )
-        )
-
-    def evaluate(
-        self, thetas: Sequence[Tensor], strength: float, *, with_gradient: bool
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """`strength * precision * |theta - anchor|^2`, summed by block, and the flat gradient."""
-        theta = _flat([thetas[index] for index in self._indices])
-        size = min(self._block, theta.numel())
-        workspace = self._zero.new_empty(size)
-        flat = self._zero.new_empty(theta.numel() if with_gradient else size)
-        squares = []
-        # PyTorch refuses a number that the dtype cannot hold, and accepts infinity.
-        strength = strength if strength <= self._largest else math.inf
-        for index, part in enumerate(torch.split(theta, self._block)):
-            precision, anchor = self._blocks[index]
-            size = part.numel()
-            start = index * self._block if with_gradient else 0
-            distance, gradient = workspace[:size], flat[start : start + size]
-            torch.sub(part, anchor, out=distance)
-            # strength * distance * precision in one operation.
-            torch.addcmul(self._zero, distance, precision, value=strength, out=gradient)
-            squares.append(torch.vdot(distance, gradient).real)
-        return squares, flat if with_gradient else None
-
-    def split(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Views of a flat tensor, in the shapes and dtypes of the thetas, by their positions."""
-        parts: Sequence[Tensor] = _unflatten_dense_tensors(flat, self._anchors)
-        if self._narrowed:
-            parts = [part.to(dtype) for part, dtype in zip(parts, self._dtypes, strict=True)]
-        return zip(self._indices, parts, strict=True)
-
-
-def _grouped(
-    thetas: Sequence[Tensor], precisions: Sequence[Tensor], anchors: Sequence[Tensor]
-) -> Iterator[_Group]:
-    """Groups of small parameters, up to a block each; each other parameter is its own group."""
-    open_groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-
-    def group(indices: list[int], block: int) -> _Group:
-        theta, precision, anchor = (
-            [tensors[index] for index in indices] for tensors in (thetas, precisions, anchors)
-        )
-        return _Group(indices, theta, precision, anchor, block)
-
-    for index, anchor in enumerate(anchors):
-        limits = _CPU if anchor.device.type == "cpu" else _ACCELERATOR
-        if anchor.numel() > limits.small:
-            yield group([index], limits.block)
-            continue
-        indices = open_groups.setdefault((anchor.device, anchor.dtype), [])
-        if sum(anchors[i].numel() for i in indices) + anchor.numel() > limits.block:
-            yield group(list(indices), limits.block)
-            indices.clear()
-        indices.append(index)
-    for (device, _), indices in open_groups.items():
-        yield group(indices, (_CPU if device.type == "cpu" else _ACCELERATOR).block)
-
-
-def _flat(tensors: list[Tensor]) -> Tensor:
-    """All entries in one dimension: a view of a single contiguous tensor, else a copy."""
-    flat: Tensor = _flatten_dense_tensors(tensors)
-    return flat

@@ -2,18 +2,35 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ewc.quadratic.penalty import _CPU, Penalty, expression
+from ewc.quadratic import kernels
+from ewc.quadratic.penalty import Penalty, expression
+
+BLOCK = kernels.CPU.block
 
 SHAPES = {
     "small": [(3, 4), (5,), ()],
     "many": [(300, 70)] + [(40,)] * 50,
     "beyond one group": [(8000,)] * 10,
     "one block": [(200, 300)],
-    "blocks": [(3, _CPU.block), (2, 5), (_CPU.block + 1,), (2 * _CPU.block,)],
+    "blocks": [(3, BLOCK), (2, 5), (BLOCK + 1,), (2 * BLOCK,)],
     "empty": [(0, 4), (3,)],
     "only empty": [(0,)],
 }
+
+LIMITS = {
+    "CPU": kernels.CPU,
+    "accelerator": kernels.ACCELERATOR,
+    "lists": kernels.Limits(small=0, listed=2**20, block=2**20),
+}
+
+
+@pytest.fixture(params=LIMITS.values(), ids=LIMITS.keys(), autouse=True)
+def limits(request, monkeypatch):
+    """Every strategy on every device."""
+    monkeypatch.setattr(kernels, "CPU", request.param)
+    monkeypatch.setattr(kernels, "ACCELERATOR", request.param)
 
 
 def problem(shapes, dtype=torch.float32, seed=0):
@@ -153,6 +170,15 @@ def test_without_any_gradient():
     assert not penalty(thetas, 1.0).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.complex64])
+def test_at_the_anchor_it_is_exactly_zero(dtype):
+    thetas, precisions, _ = problem(SHAPES["blocks"], dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    value = Penalty(thetas, precisions, [t.detach().to(wide) for t in thetas], 0.0)(thetas, 2.5)
+    assert value.item() == 0.0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(value, thetas))
+
+
 def test_strength_zero_is_zero_even_where_squares_overflow():
     theta = nn.Parameter(torch.full((3,), 1e25))
     penalty = Penalty([theta], [torch.ones(3)], [torch.zeros(3)], 0.0)
@@ -248,6 +274,31 @@ def test_gradcheck(dtype):
     penalty = Penalty(thetas, precisions, anchors, 0.5)
     assert gradcheck(lambda *thetas: penalty(thetas, 1.5), thetas)
     assert gradgradcheck(lambda *thetas: penalty(thetas, 1.5), thetas)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are not views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [each.alias_info for each in func._schema.returns]
+        self.count += not any(alias is not None and not alias.is_write for alias in aliases)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("limits", [LIMITS["lists"]], ids=["lists"], indirect=True)
+def test_lists_take_no_launch_for_each_parameter():
+    counts = []
+    for number in (10, 100):
+        thetas, precisions, anchors = problem([(3, 40)] * number)
+        penalty = Penalty(thetas, precisions, anchors, 0.3)
+        with Launches() as launches:
+            torch.autograd.grad(penalty(thetas, 2.5), thetas)
+        counts.append(launches.count)
+    assert counts[0] == counts[1] < 20
 
 
 @pytest.mark.gpu
