@@ -7,7 +7,8 @@ gradients of `p`:
     sum_n (J^T g_n)^2 = (J^T sqrt(sum_n g_n^2))^2
 
 Views, casts and elementwise functions are of this kind. Which are, is tested and not listed:
-`(J^T v)^2 = J^T(v^2) J^T 1` holds for a generic `v` if and only if `J` is.
+`(J^T v)^2 = J^T(v^2) J^T 1`, for vectors `v` that tell any two entries apart, if and only if `J` is
+of this kind.
 """
 
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ewc.fisher.paths.graph import nodes
 from ewc.fisher.paths.weights import Weight
@@ -93,31 +95,58 @@ def lead_back(
 
 
 def _are_separate(weights: Sequence[Weight], parameter: Tensor) -> bool:
+    graph = nodes(*[weight.edge.node for weight in weights])
+    if any(isinstance(node, BackwardCFunction) for node in graph):
+        return False  # the user's reverse pass may be anything, and need not be linear
     reached = torch.zeros(parameter.shape, dtype=torch.int32, device=parameter.device)
     holds = []
     for weight in weights:
-        v = _generic(weight)
-        ones, once, twice = (
-            lead_back([weight], [each], [parameter])[0] for each in (torch.ones_like(v), v, v * v)
-        )
-        if ones is None or once is None or twice is None:
+        slope = _back(weight, torch.ones((), device=weight.device), parameter)
+        if slope is None:
             continue
-        if ones.is_complex() or ones.is_sparse:
+        if slope.is_complex() or slope.is_sparse:
             return False
-        wide = torch.promote_types(parameter.dtype, torch.float32)
-        slope, once, twice = ones.to(wide), once.to(wide), twice.to(wide)
-        # Scaling by powers of two commutes with rounding, in half precision too.
-        holds.append(((once * once - twice * slope).abs() <= 1e-6 * once * once).all())
+        for v in _probes(weight):
+            once, twice = _back(weight, v, parameter), _back(weight, v * v, parameter)
+            holds.append((once * once == twice * slope).all())
+        for scale in _scales(weight):
+            scaled = _back(weight, scale, parameter)
+            holds.append((scaled == scale * slope).all())  # type: ignore[union-attr]
         reached += slope != 0
     return not holds or bool(torch.stack([*holds, (reached <= 1).all()]).all())
 
 
-def _generic(weight: Weight) -> Tensor:
-    """Powers of two without a pattern, of the weight's shape; drawn from no random stream."""
-    index = torch.arange(weight.layout.numel(), device=weight.device)
-    scattered = (index * 2654435761 + 12345) % 2**32
-    scattered = ((scattered ^ (scattered >> 15)) * 2246822519) % 2**32 >> 13
-    return (1 << scattered % 8).to(weight.layout.dtype).view(weight.layout.shape)
+def _back(weight: Weight, gradient: Tensor, parameter: Tensor) -> Tensor | None:
+    """`J^T g` in at least float32; of a gradient that broadcasts to the weight."""
+    (found,) = lead_back([weight], [gradient.expand(weight.layout.shape)], [parameter])
+    return None if found is None else found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+def _probes(weight: Weight) -> Iterator[Tensor]:
+    """The vectors `v`: powers of two, so that any two entries differ in one vector at least.
+
+    The exponents are the digits of an entry's index. Scaling by powers of two commutes with
+    rounding: both sides of the identity are equal to the last bit, in half precision too.
+    """
+    index = torch.arange(weight.layout.numel(), device=weight.device).view(weight.layout.shape)
+    bits = _digit_bits(weight)
+    for shift in range(0, max(1, weight.layout.numel() - 1).bit_length(), bits):
+        yield 1 << (index >> shift & (2**bits - 1))
+
+
+def _scales(weight: Weight) -> list[Tensor]:
+    """Numbers by which a gradient is multiplied, to see that the way back is linear.
+
+    It need not be: the user may have registered a hook that clips gradients.
+    """
+    exponent = 2 ** _digit_bits(weight)
+    found = [-1.0, 2.0**exponent, 2.0**-exponent]
+    return [torch.tensor(each, device=weight.device) for each in found]
+
+
+def _digit_bits(weight: Weight) -> int:
+    """Squares of `2 ** (2 ** bits - 1)` are in the range of the dtype."""
+    return 3 if weight.layout.element_size() < 4 else 5
 
 
 @dataclass(frozen=True)
