@@ -98,28 +98,28 @@ def _are_separate(weights: Sequence[Weight], parameter: Tensor) -> bool:
     graph = nodes(*[weight.edge.node for weight in weights])
     if any(isinstance(node, BackwardCFunction) for node in graph):
         return False  # the user's reverse pass may be anything, and need not be linear
+    if parameter.is_complex():
+        return False
     reached = torch.zeros(parameter.shape, dtype=torch.int32, device=parameter.device)
     holds = []
     for weight in weights:
         slope = _back(weight, torch.ones((), device=weight.device), parameter)
-        if slope is None:
-            continue
-        if slope.is_complex() or slope.is_sparse:
-            return False
         for v in _probes(weight):
             once, twice = _back(weight, v, parameter), _back(weight, v * v, parameter)
             holds.append((once * once == twice * slope).all())
         for scale in _scales(weight):
-            scaled = _back(weight, scale, parameter)
-            holds.append((scaled == scale * slope).all())  # type: ignore[union-attr]
+            holds.append((_back(weight, scale, parameter) == scale * slope).all())
         reached += slope != 0
-    return not holds or bool(torch.stack([*holds, (reached <= 1).all()]).all())
+    return bool(torch.stack([*holds, (reached <= 1).all()]).all())
 
 
-def _back(weight: Weight, gradient: Tensor, parameter: Tensor) -> Tensor | None:
+def _back(weight: Weight, gradient: Tensor, parameter: Tensor) -> Tensor:
     """`J^T g` in at least float32; of a gradient that broadcasts to the weight."""
     (found,) = lead_back([weight], [gradient.expand(weight.layout.shape)], [parameter])
-    return None if found is None else found.to(torch.promote_types(found.dtype, torch.float32))
+    if found is None:
+        return torch.zeros(parameter.shape, device=parameter.device)
+    found = found.to_dense() if found.is_sparse else found
+    return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def _probes(weight: Weight) -> Iterator[Tensor]:
