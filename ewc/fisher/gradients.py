@@ -19,6 +19,9 @@ from typing_extensions import Self, override
 LOOP_PRODUCTS = 2**18
 """How many multiplications make one sample's product on a CPU worth a call of its own."""
 
+LARGE_MATRIX = 2**12
+"""How many elements make the matrices of a stack worth a call each."""
+
 
 def work_elements(tensor: Tensor) -> int:
     """How many elements of `tensor`'s kind may be written out at a time.
@@ -127,35 +130,40 @@ class Total(Gradient):
 class Outer(Gradient):
     """`grad[n, o, i] = sum_s left[n, s, o] * right[n, s, i]`: a matrix product with shared weight.
 
+    In a stack of matrices this holds for each of them.
+
     Args:
-        left: `[N, S, O]`; for a linear layer the gradient of its output.
-        right: `[N, S, I]`; for a linear layer its input.
-        shape: The shape of the parameter where it is not `[O, I]` but holds as many elements.
+        left: `[N, S, O]`, for a linear layer the gradient of its output; or a stack `[N, E, S, O]`.
+        right: `[N, S, I]`, for a linear layer its input; or a stack `[N, E, S, I]`.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, shape: Sequence[int] | None = None) -> None:
+    def __init__(self, left: Tensor, right: Tensor) -> None:
         self.left, self.right = left, right
-        self.shape = (left.shape[2], right.shape[2]) if shape is None else tuple(shape)
         self.samples = left.shape[0]
 
     @override
     def per_sample(self, start: int, stop: int) -> Tensor:
         left, right = alike(self.left[start:stop], self.right[start:stop])
-        product = left.mT @ right
-        return product.view(-1, *self.shape)
+        return left.mT @ right
 
     @override
     def add_squares(self, total: Tensor) -> None:
         left, right = self.left.to(total.dtype), self.right.to(total.dtype)
-        total = total.view(left.shape[2], right.shape[2])
-        if total.stride(0) < total.stride(1):  # a transposed view: write its rows as they lie
-            left, right, total = right, left, total.t()
-        if left.shape[1] == 1:
+        positions = left.shape[-2]
+        if left.dim() == 4 and (positions == 1 or total[0].numel() > LARGE_MATRIX):
+            for one, other, each in zip(left.unbind(1), right.unbind(1), total, strict=True):
+                Outer(one, other).add_squares(each)
+        elif left.dim() == 4:
+            super().add_squares(total)
+        elif total.stride(0) < total.stride(1):  # a transposed view: write its rows as they lie
+            Outer(right, left).add_squares(total.t())
+        elif positions == 1:
+            # sum_n (g_o a_i)^2 = sum_n g_o^2 a_i^2: one product of matrices.
             step = max(1, 8 * work_elements(total) // sum(total.shape))
             for rows, columns in zip(left.split(step), right.split(step), strict=True):
                 rows, columns = rows.squeeze(1), columns.squeeze(1)
                 total.addmm_((rows * rows).t(), columns * columns)
-        elif _is_worth_a_call(total, left.shape[1]):
+        elif _is_worth_a_call(total, positions):
             _add_squares_in_cache(total, left, right)
         else:
             Gradient.add_squares(Outer(left, right), total)
@@ -164,9 +172,8 @@ class Outer(Gradient):
     @classmethod
     def joined(cls, parts: Sequence["Outer"]) -> Gradient:
         return cls(
-            torch.cat([part.left for part in parts], 1),
-            torch.cat([part.right for part in parts], 1),
-            parts[0].shape,
+            torch.cat([part.left for part in parts], -2),
+            torch.cat([part.right for part in parts], -2),
         )
 
 
@@ -236,41 +243,6 @@ class Rows(Gradient):
             torch.cat([part.summands for part in parts], 1),
             parts[0].rows,
         )
-
-
-class Arranged(Gradient):
-    """`grad[n] = inner.grad[n].reshape(shape).permute(order)`: the same elements, elsewhere.
-
-    Args:
-        inner: Gradients `[*flat]`.
-        flat: Their shape.
-        shape: What that is taken apart into.
-        order: Which of its dimensions becomes the first one of the parameter, and so on.
-    """
-
-    def __init__(
-        self, inner: Gradient, flat: Sequence[int], shape: Sequence[int], order: Sequence[int]
-    ) -> None:
-        self.inner, self.flat, self.shape, self.order = inner, flat, shape, order
-        self.samples = inner.samples
-
-    @override
-    def elements_per_sample(self, total: Tensor) -> int:
-        return self.inner.elements_per_sample(total)
-
-    @override
-    def per_sample(self, start: int, stop: int) -> Tensor:
-        gradient = self.inner.per_sample(start, stop).reshape(-1, *self.shape)
-        return gradient.permute(0, *(dim + 1 for dim in self.order))
-
-    @override
-    def add_squares(self, total: Tensor) -> None:
-        back = [self.order.index(dim) for dim in range(len(self.order))]
-        apart = total.permute(back)
-        flat = apart.reshape(tuple(self.flat))
-        self.inner.add_squares(flat)
-        if flat.untyped_storage().data_ptr() != total.untyped_storage().data_ptr():
-            apart.copy_(flat.view(tuple(self.shape)))
 
 
 class Dense(Gradient):

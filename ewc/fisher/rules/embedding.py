@@ -7,41 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewc.fisher.gradients import Arranged, Rows
+from ewc.fisher.gradients import Rows
 from ewc.fisher.rules.linear import positions
 from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 
-@rule(F.embedding)
-def embedding(
-    op: Operation,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """`grad W[n, v] = sum of g[n, s] over the positions s that read row v, but for padding_idx`."""
-    if scale_grad_by_freq or max_norm is not None:
-        raise NotCovered
-    index, value = op.samples(input), op.value(weight)
-    rows = value.shape[0]
-    padding = padding_idx if padding_idx is None or padding_idx >= 0 else rows + padding_idx
-    flat = index.reshape(index.shape[0], -1).long()
-
-    def weight_gradient(g: Tensor) -> Rows:
-        g = positions(g)
-        if padding is not None:
-            g = g.masked_fill((flat == padding).unsqueeze(2), 0)
-        return Rows(flat, g, rows)
-
-    return op.record(F.embedding(index, value), {weight: weight_gradient})
-
-
 @rule(torch.embedding)
-def embedding_as_written_in_aten(
+def embedding(
     op: Operation,
     weight: Tensor,
     indices: Tensor,
@@ -49,28 +21,33 @@ def embedding_as_written_in_aten(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """The same with its arguments in another order, where -1 stands for no padding."""
-    padding = None if padding_idx < 0 else padding_idx
-    return embedding(op, indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+    """`grad W[n, v] = sum of g[n, s] over the positions s that read row v`.
 
-
-@rule(torch.index_select, torch.Tensor.index_select)
-def index_select(op: Operation, input: Tensor, dim: int, index: Tensor) -> Tensor:
-    """`grad W[n, v] = sum of g[n, s] over the positions s with index[n, s] = v`, along `dim`."""
-    value, places = op.value(input), op.samples(index)
-    if value.dim() == 0 or index.dim() != 1:
+    The row `padding_idx` has none. (`F.embedding` calls this function, without padding with -1.)
+    """
+    if scale_grad_by_freq:
         raise NotCovered
-    dim = dim % value.dim()
-    out = value.index_select(dim, places.flatten()).unflatten(dim, places.shape).movedim(dim, 0)
-    shape = [value.shape[dim], *value.shape[:dim], *value.shape[dim + 1 :]]
-    order = [*range(1, dim + 1), 0, *range(dim + 1, value.dim())]
+    index, value = op.samples(indices), op.value(weight)
+    flat = index.flatten(1).long()
 
-    def gradient(g: Tensor) -> Arranged:
-        g = g.movedim(dim + 1, 1)
-        rows = Rows(places.long(), g.reshape(*g.shape[:2], -1), shape[0])
-        return Arranged(rows, (shape[0], math.prod(shape[1:])), shape, order)
+    def weight_gradient(g: Tensor) -> Rows:
+        g = positions(g)
+        if padding_idx >= 0:
+            g = g.masked_fill((flat == padding_idx).unsqueeze(2), 0)
+        return Rows(flat, g, len(value))
 
-    return op.record(out, {input: gradient})
+    return op.record(F.embedding(index, value), {weight: weight_gradient})
+
+
+@decomposition(torch.index_select, torch.Tensor.index_select)
+def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    """An embedding, whose rows are what lies behind each place along `dim`."""
+    if input.dim() == 0 or index.dim() != 1:
+        raise NotCovered
+    places = input.movedim(dim, 0) if dim else input
+    rows = places if places.dim() == 2 else places.reshape(len(places), -1)
+    read = torch.embedding(rows, index)
+    return read.reshape(len(read), *places.shape[1:]).movedim(0, dim)
 
 
 @decomposition(torch.Tensor.__getitem__)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewc.fisher.gradients import Outer, Total
-from ewc.fisher.rules.registry import NotCovered, Operation, rule
+from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 
 def positions(tensor: Tensor, keep: int = 1) -> Tensor:
@@ -48,16 +48,8 @@ def addmm(
     )
 
 
-@rule(F.bilinear)
-def bilinear(
-    op: Operation, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """`grad W[n, o, i, j] = sum_s g[n, s, o] x[n, s, i] y[n, s, j]`."""
-    x, y = op.samples(input1), op.samples(input2)
-    out = F.bilinear(x, y, op.value(weight), None if bias is None else op.value(bias))
-
-    def weight_gradient(g: Tensor) -> Outer:
-        products = positions(x).unsqueeze(3) * positions(y).unsqueeze(2)
-        return Outer(positions(g), products.flatten(2), shape=weight.shape)
-
-    return op.record(out, {weight: weight_gradient, bias: lambda g: Total(positions(g))})
+@decomposition(F.bilinear)
+def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear map of the products of both inputs: `sum_ij W[o, i, j] x[i] y[j]`."""
+    products = input1.unsqueeze(-1) * input2.unsqueeze(-2)
+    return F.linear(products.flatten(-2), weight.flatten(1), bias)

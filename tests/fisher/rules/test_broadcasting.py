@@ -118,6 +118,7 @@ def test_tokens(n: int, positions: int, wide: int, first: bool, seed: int) -> No
 
 INDEXED: dict[str, Function] = {
     "rows": lambda i, p: p[i],
+    "entries": lambda i, p: p[0, :, 0][i],
     "list of rows": lambda i, p: p[i[:, [0]]],
     "columns": lambda i, p: p[:, i].movedim(1, 0),
     "both": lambda i, p: p[i, i.flip(1)],

@@ -107,7 +107,7 @@ def test_other_names(n: int, s: int, i: int, o: int, seed: int) -> None:
         """Of the only row, as a batch of one."""
         return lambda x, p: torch.stack([function(row, p) for row in x])
 
-    check(Applied(each(torch.dot), (i,)), one)
-    check(Applied(each(torch.outer), (o,)), one)
-    check(Applied(each(lambda row, p: torch.outer(p, row)), (o,)), one)
-    check(Applied(each(lambda row, p: torch.mv(p, row)), (o, i)), one)
+    check(Applied(each(torch.dot), (i,)), one, path="vmap")
+    check(Applied(each(torch.outer), (o,)), one, path="vmap")
+    check(Applied(each(lambda row, p: torch.mv(p, row)), (o, i)), one, path="vmap")
+    check(Applied(each(lambda row, p: p @ row), (o, i)), one)
