@@ -134,11 +134,13 @@ class DecayedAccumulation(Accumulation):
         return {"decay": self._decay, "prior_precision": prior}
 
     @override
-    def updated(self, old: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
+    def updated(
+        self, old: Quadratic | None, fisher: Tensor, anchor: Tensor
+    ) -> tuple[Quadratic, Tensor | None]:
         if old is None:
-            return Quadratic(fisher, anchor)
+            return Quadratic(fisher, anchor), None
         anchor = anchor.to(old.anchor.dtype)  # never narrowed
-        return Quadratic(fisher + self._decay * old.grown(anchor).fisher, anchor)
+        return Quadratic(fisher + self._decay * old.grown(anchor).fisher, anchor), None
 
     @override
     def not_collected(self, old: Quadratic) -> Quadratic:

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ewc._scalars import read
+
 
 def largest(sums: Mapping[str, Tensor]) -> list[float]:
     """The largest entry of each sum."""
-    return [float(each.max()) if each.numel() else 0.0 for each in sums.values()]
+    return read([each.max() if each.numel() else each.sum() for each in sums.values()])
 
 
 def differing(
@@ -29,12 +31,12 @@ def differing(
         scales: For each of `expected`, its largest entry.
         is_half: Whether the model computes in half precision.
     """
-    names = set()
+    beyond = []
     share = 0.2 if is_half else 0.05
     for (name, right), scale in zip(expected.items(), scales, strict=True):
         rounding = (
             8 * torch.finfo(torch.bfloat16).eps if is_half else 100 * torch.finfo(right.dtype).eps
         )
-        if bool(((found[name] - right).abs() > share * scale + rounding**2 * max(scales)).any()):
-            names.add(name)
-    return names
+        bound = share * scale + rounding**2 * max(scales)
+        beyond.append(((found[name] - right).abs() > bound).any())
+    return {name for name, one in zip(expected, read(beyond), strict=True) if one}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ewc.model.names import in_order
-from ewc.quadratic.quadratic import Quadratic, snapshot
+from ewc.quadratic.quadratic import Quadratic, raised, snapshot
 
 
 class Accumulation:
@@ -16,15 +16,20 @@ class Accumulation:
         """The options that give the numbers in a state their meaning, by the user's names."""
         return {}
 
-    def updated(self, old: Quadratic | None, fisher: Tensor, anchor: Tensor) -> Quadratic:
+    def updated(
+        self, old: Quadratic | None, fisher: Tensor, anchor: Tensor
+    ) -> tuple[Quadratic, Tensor | None]:
         """The quadratic of a parameter that a task has collected.
 
         Args:
             old: The quadratic before the task, if there was one.
             fisher: The Fisher of the task, of the parameter's shape.
             anchor: The parameter's values at the end of the task.
+
+        Returns:
+            The quadratic, and by how much its constant must still be increased, if at all.
         """
-        return Quadratic(fisher, anchor) if old is None else old.plus(fisher, anchor)
+        return (Quadratic(fisher, anchor), None) if old is None else old.plus(fisher, anchor)
 
     def not_collected(self, old: Quadratic) -> Quadratic:
         """The quadratic of a parameter that a task has not collected."""
@@ -49,13 +54,16 @@ class Accumulation:
             parameters: The parameters that the task has collected; their values are its anchor.
             fisher: The Fisher of the task, for each of `parameters`.
         """
-        found = {}
+        found: dict[str, Quadratic] = {}
+        rises: dict[str, Tensor] = {}
         for name in in_order(model, [*quadratics, *parameters]):
             old = quadratics.get(name)
             if name in parameters:
                 parameter = parameters[name]
                 old = None if old is None else old.like(parameter)
-                found[name] = self.updated(old, fisher[name], snapshot(parameter))
+                found[name], rise = self.updated(old, fisher[name], snapshot(parameter))
+                if rise is not None:
+                    rises[name] = rise
             elif old is not None:
                 found[name] = self.not_collected(old)
-        return found
+        return raised(found, rises)

@@ -6,11 +6,13 @@ tasks. It is updated task by task and never recomputed from sums such as `sum of
 which cancel in float32.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ewc._scalars import read
 from ewc.processes.layout import full_tensor, with_layout_of
 
 
@@ -29,7 +31,7 @@ class Quadratic:
     anchor: Tensor
     constant: float = 0.0
 
-    def plus(self, fisher: Tensor, anchor: Tensor) -> "Quadratic":
+    def plus(self, fisher: Tensor, anchor: Tensor) -> tuple["Quadratic", Tensor]:
         r"""The sum of this quadratic and that of one more task.
 
         With `A` for the sum of the Fishers so far, `mu` for this anchor and `theta*` for the new
@@ -43,6 +45,10 @@ class Quadratic:
         Args:
             fisher: `F`, of the parameter's shape.
             anchor: `theta*`, of the parameter's shape.
+
+        Returns:
+            The sum, with this quadratic's constant, and `c' - c` as a tensor: `raised` reads those
+            of all parameters at once.
         """
         old = self.grown(anchor)
         curvature = old.fisher + fisher
@@ -50,8 +56,8 @@ class Quadratic:
         share = fisher / curvature.clamp_min(torch.finfo(curvature.dtype).tiny)
         distance = anchor - old.anchor
         mean = torch.where(old.fisher == 0, anchor, old.anchor + share * distance)
-        rise = full_tensor((old.fisher * share * distance.abs().square()).sum()).item()
-        return Quadratic(curvature, mean, old.constant + rise)
+        rise = full_tensor((old.fisher * share * distance.abs().square()).sum())
+        return Quadratic(curvature, mean, old.constant), rise
 
     def grown(self, anchor: Tensor) -> "Quadratic":
         """This quadratic for a parameter that has grown: new rows have curvature 0.
@@ -84,6 +90,17 @@ class Quadratic:
     def clone(self) -> "Quadratic":
         """A copy that shares no memory with this one."""
         return Quadratic(self.fisher.clone(), self.anchor.clone(), self.constant)
+
+
+def raised(
+    quadratics: Mapping[str, Quadratic], rises: Mapping[str, Tensor]
+) -> dict[str, Quadratic]:
+    """The quadratics by name, with the constants of some of them increased."""
+    values = dict(zip(rises, read(list(rises.values())), strict=True))
+    return {
+        name: replace(each, constant=each.constant + values[name]) if name in values else each
+        for name, each in quadratics.items()
+    }
 
 
 def fits(shape: torch.Size, present: torch.Size) -> bool:

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from ewc._checks import check_materialised
+from ewc._scalars import read
 from ewc.model.names import find, is_parametrized
 from ewc.processes.layout import is_sharded, local
 from ewc.quadratic.quadratic import Quadratic, fits
@@ -89,12 +89,9 @@ def check_finite(quadratics: Mapping[str, Quadratic], reduction: str) -> None:
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those with an entry that is NaN or infinite; read from the device at once."""
-    if not tensors:
-        return []
-    finite = [local(each).isfinite().all() for each in tensors.values()]
-    read = torch.stack([each.to(finite[0].device) for each in finite]).tolist()
-    return [name for name, one in zip(tensors, read, strict=True) if not one]
+    """The names of those with an entry that is NaN or infinite."""
+    finite = read([local(each).isfinite().all() for each in tensors.values()])
+    return [name for name, one in zip(tensors, finite, strict=True) if not one]
 
 
 def _listed(names: list[str]) -> str:

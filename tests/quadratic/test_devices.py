@@ -1,4 +1,4 @@
-"""On another device than the CPU the penalty is the same, and nothing is read back.
+"""On another device than the CPU the penalty is the same, and hardly anything is read back.
 
 The device is made up (`tests/support/device.py`).
 """
@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ewc.fisher.comparison import differing, largest
 from ewc.quadratic import kernels
+from ewc.quadratic.accumulation import Accumulation
 from ewc.quadratic.penalty import Penalty
 from tests.support import device
 
@@ -65,3 +67,45 @@ def test_the_penalty_stays_on_the_device(
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradients, right)
     assert events == []
+
+
+def merge(where: str) -> tuple[float, list[device.Event]]:
+    """The sum of the constants of eight parameters after three tasks, and what happened."""
+    with device.Device() as made_up:
+        model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(4)])
+        if where != "cpu":
+            device.move(model)
+        parameters = dict(model.named_parameters())
+        made_up.events.clear()
+        quadratics = {}
+        for task in range(3):
+            fisher = {name: torch.ones_like(each) for name, each in parameters.items()}
+            quadratics = Accumulation().next_quadratics(model, quadratics, parameters, fisher)
+            with torch.no_grad():
+                for each in parameters.values():
+                    each.add_(task + 1)
+        return sum(each.constant for each in quadratics.values()), made_up.events
+
+
+def test_what_a_task_adds_to_the_constants_is_read_once(process: ProcessPoolExecutor) -> None:
+    constant, events = process.submit(merge, device.NAME).result()
+    assert constant == pytest.approx(48 * (1 / 2 + 2 / 3 * 2.5**2))
+    assert [event.kind for event in events] == ["read"] * 2  # there is none for the first task
+
+
+def compare(where: str) -> tuple[list[float], set[str], list[device.Event]]:
+    """A comparison of sums of which one is wrong and one is empty."""
+    with device.Device() as made_up:
+        expected = {f"{n}": torch.full((3,), n / 4, device=where) for n in range(1, 6)}
+        expected["empty"] = torch.zeros(0, 2, device=where)
+        found = {name: each * (1.2 if name == "4" else 1.01) for name, each in expected.items()}
+        made_up.events.clear()
+        scales = largest(expected)
+        return scales, differing(found, expected, scales, is_half=False), made_up.events
+
+
+def test_sums_are_compared_with_two_reads(process: ProcessPoolExecutor) -> None:
+    scales, names, events = process.submit(compare, device.NAME).result()
+    assert scales == [0.25, 0.5, 0.75, 1.0, 1.25, 0.0]
+    assert names == {"4"}
+    assert [event.kind for event in events] == ["read"] * 2
