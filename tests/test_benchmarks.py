@@ -24,9 +24,8 @@ SCRIPTS = ["collection", "penalty", "memory", "growth"]
 def from_their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(FOLDER)
     yield
-    own = ["choices", "gpu", "_device", "_digits", "_harness", "_large", "_models", "_peers"]
-    for name in [*SCRIPTS, *own]:
-        sys.modules.pop(name, None)
+    for file in FOLDER.glob("*.py"):
+        sys.modules.pop(file.stem, None)
 
 
 @pytest.fixture
@@ -75,6 +74,13 @@ class TestHarness:
         assert calls == [*"ab", *"ab", *"aa"]
         assert len(timings.seconds["b"]) == 1
         assert 0.002 <= timings.median("b") < 0.01
+
+    def test_the_first_round_is_run_however_short_the_time(
+        self, harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(harness, "SHORTEST", 0.0)
+        timings = harness.interleave({"a": list, "b": list}, 3, seconds=-1.0)
+        assert [len(each) for each in timings.seconds.values()] == [1, 1]
 
     @pytest.mark.parametrize(
         ("value", "text"),
@@ -229,18 +235,39 @@ class TestCommands:
             with pytest.raises(SystemExit, match="needs an accelerator"):
                 gpu.main([])
         printed = self.run(gpu, capsys, "--json", str(tmp_path / "times.json"))
+        tables = printed.split("\n\n", 1)[1].strip()
+        assert (tmp_path / "times.md").read_text() == tables
+        page = tmp_path / "page.md"
+        page.write_text(PAGE)
+        harness.write("gpu", printed, page)
+        assert tables in page.read_text()
         models, penalties = heads(printed)[:2], heads(printed)[2:]
         assert ["GPT-2 small" in models[0], "ResNet-50" in models[1]] == [True, True]
         assert len(penalties) == 1
         for precision in importlib.import_module("_device").PRECISIONS:
             assert precision in models[0]
             assert f"ResNet-50, {precision}" in (tmp_path / "times.json").read_text()
-        assert "**ewc**, one more batch" in first_cells(printed)
+        assert {"**ewc**, one more batch", "`vmap(grad)`"} <= set(first_cells(printed))
+        assert "no time was left" not in printed
         errors = [line for line in printed.splitlines() if line.startswith("| error of **ewc**")]
         for line in errors:
             full, tf32, half = (float(cell) for cell in line.split("|")[2:5])
             assert max(full, tf32) < 1e-2
             assert half < 0.3
+
+    def test_gpu_measures_every_column_however_short_the_time(
+        self,
+        harness: ModuleType,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(harness, "SHORTEST", 0.0)
+        gpu = importlib.import_module("gpu")
+        monkeypatch.setattr(gpu, "QUICK", gpu.QUICK[:1])
+        printed = self.run(gpu, capsys, "--seconds=0")
+        assert "- (a) not measured: no time was left" in printed
+        row = next(line for line in printed.splitlines() if line.startswith("| forward + backward"))
+        assert all(float(cell) > 0 for cell in row.split("|")[2:5])
 
 
 class TestChoices:

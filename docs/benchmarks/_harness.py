@@ -19,9 +19,11 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd import Function
 
 Name = TypeVar("Name", bound=Hashable)
 PAGE = Path(__file__).parent.parent / "benchmarks.md"
@@ -29,6 +31,7 @@ SHORTEST = 0.05
 """Seconds that a contender is repeated for in each round, so that a clock can time it."""
 LONGEST = 12.0
 """Seconds after which a slow contender sits out the rounds that are left."""
+ALONE = "autograd alone: hand over ready gradients"
 
 
 class Timings(Generic[Name]):
@@ -70,6 +73,7 @@ def interleave(
     *,
     runs: Mapping[Name, int] | None = None,
     clock: Callable[[Callable[[], object], int], float] | None = None,
+    seconds: float = math.inf,
 ) -> Timings[Name]:
     """Time all contenders in turn, `rounds` times, after one run each that is not counted.
 
@@ -78,7 +82,9 @@ def interleave(
         rounds: How many rounds.
         runs: For contenders whose call is not one run but several: how many.
         clock: `clock(run, repeats)` gives the seconds of several runs; None for the host's clock.
+        seconds: After so many, no further round begins; the first always does.
     """
+    start = time.perf_counter()
     timed = _timed if clock is None else clock
     per_call = {name: 1 if runs is None else runs.get(name, 1) for name in contenders}
     repeats = {}
@@ -87,17 +93,24 @@ def interleave(
         if took < SHORTEST:  # the first run is no measure of the others
             took = timed(run, 1)
         repeats[name] = max(1, math.ceil(SHORTEST / took))
-    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
+    found: dict[Name, list[float]] = {name: [] for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
-    for _ in range(rounds):
-        for name, run in contenders.items():
-            if spent[name] > LONGEST:
-                continue
-            gc.collect()
-            took = timed(run, repeats[name])
-            spent[name] += took
-            seconds[name].append(took / (repeats[name] * per_call[name]))
-    return Timings(seconds)
+    gc.collect()
+    gc.freeze()  # a collection then looks only at what the contenders leave behind
+    try:
+        for index in range(rounds):
+            if index and time.perf_counter() - start > seconds:
+                break
+            for name, run in contenders.items():
+                if spent[name] > LONGEST:
+                    continue
+                gc.collect()
+                took = timed(run, repeats[name])
+                spent[name] += took
+                found[name].append(took / (repeats[name] * per_call[name]))
+    finally:
+        gc.unfreeze()
+    return Timings(found)
 
 
 def _timed(run: Callable[[], object], repeats: int) -> float:
@@ -105,6 +118,25 @@ def _timed(run: Callable[[], object], repeats: int) -> float:
     for _ in range(repeats):
         run()
     return time.perf_counter() - start
+
+
+class _Ready(Function):
+    """No arithmetic: what a function of many parameters costs autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, ready: list[Tensor], *_: Tensor) -> Tensor:
+        ctx.ready = ready
+        return ready[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *ctx.ready)
+
+
+def autograd_alone(parameters: Sequence[Tensor]) -> Tensor:
+    """A function of parameters whose gradients are there already: the parameters themselves."""
+    value: Tensor = _Ready.apply([each.detach() for each in parameters], *parameters)
+    return value
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

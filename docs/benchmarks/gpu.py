@@ -2,7 +2,8 @@
 
 Collection is timed beside an ordinary forward and backward of the same batches, in float32, with
 TF32, and under autocast; the penalty beside the bandwidth of a copy, measured in the same run, and
-a step of AdamW. `--quick` rehearses everything on the CPU, with small models.
+a step of AdamW. `--seconds` bounds the run: every column has an equal share. `--quick` rehearses
+everything on the CPU, with small models.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import torch
 from _device import (
     CUDA,
     DEVICE,
-    GIB,
     PRECISIONS,
     adamw,
     card,
@@ -30,15 +30,24 @@ from _device import (
     full_precision,
     peak_and_waits,
 )
-from _harness import Timings, interleave, number, table
+from _device_tables import (
+    ADAMW,
+    ALL,
+    COPY,
+    LIMIT,
+    ONE,
+    PENALTY,
+    UNIT,
+    Column,
+    collection_table,
+    penalty_table,
+)
+from _harness import ALONE, Timings, autograd_alone, interleave
 from _large import LARGE, QUICK, prepared
 from _models import Batch, Workload, gradients, losses, part
 from torch import Tensor, nn
 
 from ewc import EWC, Classification
-
-UNIT, ONE, ALL, ADAMW = "ordinary", "one batch", "all batches", "AdamW step, fused"
-COPY, LIMIT, PENALTY = "copy", "read three arrays, write one", "**ewc**"
 
 
 class Opacus(_peers.Opacus):
@@ -64,38 +73,17 @@ class Opacus(_peers.Opacus):
 PEERS: list[type[_peers.Contender]] = [_peers.VmapGrad, Opacus]
 
 
-@dataclass
-class Column:
-    """What was measured of one model in one precision.
-
-    Attributes:
-        timings: Seconds: of the unit and the peers for one batch, of consolidations for all.
-        memory: The largest memory beyond model and batches, in bytes, by what ran.
-        waits: How often the host waited for the device: for one more batch, and once.
-        lines: Where it waited, in a consolidation of all batches, and how often.
-        error: How far the Fisher is from one sample at a time in float32, relative.
-        methods: How many parameters went by which.
-        reasons: Why a peer has no time.
-    """
-
-    timings: Timings[str]
-    memory: dict[str, float] = field(default_factory=dict)
-    waits: tuple[float, float] = (0.0, 0.0)
-    lines: dict[str, int] = field(default_factory=dict)
-    error: float = 0.0
-    methods: str = ""
-    reasons: dict[str, str] = field(default_factory=dict)
-
-
-def measure(model: nn.Module, batches: list[Batch], rounds: int) -> Iterator[tuple[str, Column]]:
-    """All precisions of one model, one after the other."""
+def measure(
+    model: nn.Module, batches: list[Batch], rounds: int, deadlines: Sequence[float]
+) -> Iterator[tuple[str, Column]]:
+    """All precisions of one model, one after the other, each until its deadline."""
     few = [part(batches[0], 0, 2)]
     oracle = _peers.OneByOne(model)
     oracle.run(few)
     expected = oracle.squares()
-    for title, (context, tolerance) in PRECISIONS.items():
+    for (title, (context, tolerance)), deadline in zip(PRECISIONS.items(), deadlines, strict=True):
         with context():
-            column = _column(model, batches, few, expected, tolerance, rounds)
+            column = _column(model, batches, few, expected, tolerance, rounds, deadline)
         yield title, column
 
 
@@ -106,6 +94,7 @@ def _column(
     expected: dict[str, Tensor],
     tolerance: float,
     rounds: int,
+    deadline: float,
 ) -> Column:
     def consolidate(some: Sequence[Batch]) -> _peers.Consolidation:
         own = _peers.Consolidation(model)
@@ -133,6 +122,9 @@ def _column(
     column.waits = more, once - more
     column.lines = dict(counted[ALL].most_common(20))
     for kind in PEERS:
+        if time.perf_counter() > deadline:
+            column.reasons[kind.title] = "not measured: no time was left"
+            continue
         try:
             peer = _peers.fresh(kind, model)
             peer.run(few)
@@ -147,7 +139,8 @@ def _column(
         except Exception as reason:  # whatever a peer cannot do is an entry
             column.reasons[kind.title] = _harness.short(reason)
     calls[ADAMW] = adamw(model, {"fused": True})
-    column.timings = interleave(calls, rounds, clock=clock)
+    left = deadline - time.perf_counter()
+    column.timings = interleave(calls, rounds, clock=clock, seconds=left)
     return column
 
 
@@ -161,64 +154,6 @@ def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The distance to what is right, relative, of all parameters together."""
     wrong = sum(float((found[name] - each).norm()) ** 2 for name, each in expected.items())
     return (wrong / sum(float(each.norm()) ** 2 for each in expected.values())) ** 0.5
-
-
-def collection_table(workload: Workload, columns: dict[str, Column]) -> str:
-    """Times, memory and synchronisations of one model."""
-    count = workload.batches
-    notes: dict[str, str] = {}
-    every = columns.values()
-
-    def more(each: Column) -> float:
-        times = each.timings
-        return (times.median(ALL) - times.median(ONE)) / (count - 1)
-
-    def unit(each: Column) -> float:
-        return each.timings.median(UNIT)
-
-    def memory(title: str) -> list[str]:
-        return [number(each.memory[title] / GIB) if title in each.memory else "-" for each in every]
-
-    rows = [
-        ["forward + backward, ms per batch", *[number(1e3 * unit(each)) for each in every]],
-        ["the same, the unit", *["1" for _ in every]],
-        ["**ewc**, one more batch", *[number(more(each) / unit(each)) for each in every]],
-        [
-            f"**ewc**, a consolidation of {count} batches",
-            *[number(each.timings.ratio(ALL, UNIT) / count) for each in every],
-        ],
-        [
-            "**ewc**, a consolidation of one batch",
-            *[number(each.timings.ratio(ONE, UNIT)) for each in every],
-        ],
-    ]
-    for title in (*[kind.title for kind in PEERS], ADAMW):
-        cells = []
-        for each in every:
-            if title in each.reasons:
-                key = notes.setdefault(each.reasons[title], chr(ord("a") + len(notes)))
-                cells.append(f"cannot ({key})")
-            else:
-                cells.append(number(each.timings.ratio(title, UNIT)))
-        rows.append([title, *cells])
-    rows += [
-        ["memory of forward + backward, GiB", *memory(UNIT)],
-        [f"memory of a consolidation of {count} batches, GiB", *memory(ALL)],
-        *[[f"memory of {kind.title}, GiB", *memory(kind.title)] for kind in PEERS],
-        ["synchronisations for one more batch", *[number(each.waits[0]) for each in every]],
-        ["synchronisations once", *[number(each.waits[1]) for each in every]],
-        ["error of **ewc**, relative", *[f"{each.error:.1e}" for each in every]],
-        ["parameters by method", *[each.methods for each in every]],
-    ]
-    spread = max(each.timings.spread(UNIT) for each in every)
-    return "\n\n".join(
-        [
-            table([workload.name, *columns], rows),
-            *(["\n".join(f"- ({key}) {why}" for why, key in notes.items())] if notes else []),
-            f"Times the unit, per batch. {count} batches of {workload.batch_size}; the middle half "
-            f"of the rounds is at most {100 * spread:.0f} % wide.",
-        ]
-    )
 
 
 def penalty(model: nn.Module, batches: list[Batch], rounds: int) -> tuple[int, Timings[str], int]:
@@ -238,6 +173,7 @@ def penalty(model: nn.Module, batches: list[Batch], rounds: int) -> tuple[int, T
     calls: dict[str, Callable[[], object]] = {
         COPY: lambda: out.copy_(first),
         LIMIT: lambda: torch.addcmul(first, second, third, out=out),
+        ALONE: lambda: torch.autograd.grad(autograd_alone(parameters), parameters),
         PENALTY: value_and_gradient,
         ADAMW: adamw(model, {"fused": True}),
         "AdamW step, foreach": adamw(model, {"foreach": True}),
@@ -247,32 +183,14 @@ def penalty(model: nn.Module, batches: list[Batch], rounds: int) -> tuple[int, T
     return entries, interleave(calls, rounds, clock=clock), sum(counted.values())
 
 
-def penalty_table(rows_of: dict[str, tuple[int, Timings[str], int]]) -> str:
-    """Times of all models, and shares of what bounds them."""
-    rows = []
-    for name, (entries, times, counted) in rows_of.items():
-        rate = 8 * entries / times.median(COPY)
-        for title in times.seconds:
-            moved = {COPY: 8 * entries, LIMIT: 16 * entries, PENALTY: 16 * entries}.get(title)
-            rows.append(
-                [
-                    f"{name}, {entries / 1e6:.1f} million: {title}",
-                    number(1e3 * times.median(title)),
-                    "-" if moved is None else f"{100 * moved / times.median(title) / rate:.0f} %",
-                    number(times.ratio(title, ADAMW)),
-                    number(counted) if title == PENALTY else "-",
-                ]
-            )
-    head = ["penalty: value and gradient", "ms", "of the copy's bandwidth"]
-    rates = "; ".join(
-        f"{name} {number(8 * entries / times.median(COPY) / 1e9)} GB/s"
-        for name, (entries, times, _) in rows_of.items()
-    )
-    return (
-        table([*head, f"{ADAMW} = 1", "synchronisations"], rows)
-        + f"\n\nThe copy moves, read and written: {rates}. A gradient must read three arrays and "
-        "write one."
-    )
+def page(
+    measured: list[tuple[Workload, dict[str, Column]]],
+    penalties: dict[str, tuple[int, Timings[str], int]],
+) -> str:
+    """The tables of what has been measured so far, as Markdown."""
+    peers = [kind.title for kind in PEERS]
+    tables = [collection_table(workload, columns, peers) for workload, columns in measured]
+    return "\n\n".join([*tables, penalty_table(penalties), card()])
 
 
 def report(arguments: argparse.Namespace) -> str:
@@ -280,35 +198,52 @@ def report(arguments: argparse.Namespace) -> str:
     if not CUDA and not arguments.quick:
         raise SystemExit("gpu.py needs an accelerator. Fix: --quick rehearses it on the CPU.")
     full_precision()
-    parts: list[str] = []
+    workloads = QUICK if arguments.quick else LARGE
+    share = arguments.seconds / (len(workloads) * len(PRECISIONS))
+    deadlines = [
+        time.perf_counter() + share * (index + 1)
+        for index in range(len(workloads) * len(PRECISIONS))
+    ]
+    measured: list[tuple[Workload, dict[str, Column]]] = []
+    penalties: dict[str, tuple[int, Timings[str], int]] = {}
     found: dict[str, object] = {}
-    penalties = {}
 
     def save(title: str, of: dict[str, object]) -> None:  # at once: a run may be cut short
         found[title] = of
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            text = page([each for each in measured if each[1]], penalties)
+            arguments.json.with_suffix(".md").write_text(text, encoding="utf-8")
 
-    for workload in QUICK if arguments.quick else LARGE:
+    for index, workload in enumerate(workloads):
         model, batches = prepared(workload)
         penalties[workload.name] = penalty(model, batches, max(9, arguments.rounds))
         save(f"{workload.name}, penalty", penalties[workload.name][1].seconds)
-        columns = {}
-        for title, column in measure(model, batches, arguments.rounds):
+        columns: dict[str, Column] = {}
+        measured.append((workload, columns))
+        until = deadlines[index * len(PRECISIONS) :][: len(PRECISIONS)]
+        for title, column in measure(model, batches, arguments.rounds, until):
             columns[title] = column
             save(f"{workload.name}, {title}", {**vars(column), "timings": column.timings.seconds})
-        parts.append(collection_table(workload, columns))
         del model, batches, column
         if CUDA:
             gc.collect()
             torch.cuda.empty_cache()
-    parts.append(penalty_table(penalties))
-    parts.append(f"{card()} Medians of {arguments.rounds} interleaved rounds.")
-    return "\n\n".join(parts)
+    return page(measured, penalties)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, help="also write all times there, in seconds")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="also write all times there, in seconds, and the tables beside it, as they come",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=150.0,
+        help="after so many no peer and no further round begins (default: 150)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

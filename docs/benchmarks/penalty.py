@@ -13,17 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import _harness
 import torch
-from _harness import Timings, interleave, number, table
+from _harness import ALONE, Timings, autograd_alone, interleave, number, table
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from ewc import EWC, Custom
 
-ALONE = "autograd alone: hand over ready gradients"
 LIMIT = "memory limit: read three arrays, write one"
 ADAMW = "AdamW step, default"
 STRENGTH = 100.0
@@ -136,7 +133,7 @@ def measure(layout: Layout, counts: Sequence[int], rounds: int) -> Timings[str]:
     first, second, third, out = torch.rand(4, layout.entries).unbind(0)
     calls[LIMIT] = lambda: torch.addcmul(first, second, third, out=out)
     calls["the same, into newly allocated memory"] = lambda: torch.addcmul(first, second, third)
-    calls[ALONE] = partial(_value_and_gradient, partial(_ready, parameters), parameters)
+    calls[ALONE] = partial(_value_and_gradient, partial(autograd_alone, parameters), parameters)
     for count, ewc in tasks.protected(counts).items():
         check(ewc(), tasks.plain(count), parameters)
         calls[_title("**ewc**", count)] = partial(_value_and_gradient, ewc, parameters)
@@ -152,24 +149,6 @@ def measure(layout: Layout, counts: Sequence[int], rounds: int) -> Timings[str]:
 
 def _value_and_gradient(penalty: Callable[[], Tensor], parameters: list[nn.Parameter]) -> object:
     return torch.autograd.grad(penalty(), parameters)
-
-
-class _Ready(Function):
-    """No arithmetic: what a function of many parameters costs autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, ready: list[Tensor], *_: Tensor) -> Tensor:
-        ctx.ready = ready
-        return torch.zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.ready)
-
-
-def _ready(parameters: list[nn.Parameter]) -> Tensor:
-    value: Tensor = _Ready.apply([each.detach() for each in parameters], *parameters)
-    return value
 
 
 def check(found: Tensor, expected: Tensor, parameters: list[nn.Parameter]) -> None:
