@@ -13,17 +13,20 @@ from torch import Tensor
 from ewc.fisher.gradients import Gradient, Total
 from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
-Slope = Callable[..., Tensor]
-"""`slope(g, *operands)`: the gradient of one operand, not yet summed, `[N, ...]`."""
+Slope = Callable[[Tensor], Tensor]
+"""`slope(g)`: the gradient of one operand, not yet summed over what was broadcast, `[N, ...]`."""
 
 
 def _pointwise(
     op: Operation,
     function: Callable[..., Tensor],
     operands: Sequence[Any],
-    slopes: Sequence[Slope],
+    slopes: Callable[..., Sequence[Slope]],
 ) -> Tensor:
-    """`function(*operands)`, of which some are parameters."""
+    """`function(*operands)`, of which some are parameters.
+
+    `slopes(*operands)` gives one for each operand, which keeps no more than it needs.
+    """
     if not all(isinstance(operand, Tensor) for operand in operands):
         raise NotCovered
     dims = max(operand.dim() for operand in operands)
@@ -41,19 +44,17 @@ def _pointwise(
         else:
             x = op.samples(operand)
             aligned.append(x.reshape(len(x), *[1] * (dims - operand.dim()), *operand.shape))
-    for operand, slope in zip(operands, slopes, strict=True):
+    for operand, slope in zip(operands, slopes(*aligned), strict=True):
         if op.is_protected(operand):
-            gradients[operand] = _summed(slope, aligned, operand.shape)
+            gradients[operand] = _summed(slope, operand.shape)
     return op.record(function(*aligned), gradients)
 
 
-def _summed(
-    slope: Slope, operands: Sequence[Tensor], shape: Sequence[int]
-) -> Callable[[Tensor], Gradient]:
+def _summed(slope: Slope, shape: Sequence[int]) -> Callable[[Tensor], Gradient]:
     """The gradients of a parameter of this shape: sums over what it was broadcast over."""
 
     def gradient(g: Tensor) -> Total:
-        each = slope(g, *operands)
+        each = slope(g)
         ones = [1] * (each.dim() - 1 - len(shape))
         return Total(each.sum_to_size(len(each), *ones, *shape).view(len(each), 1, *shape))
 
@@ -67,26 +68,22 @@ def add(op: Operation, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
         op,
         lambda a, b: torch.add(a, b, alpha=alpha),
         (input, other),
-        (lambda g, a, b: g, lambda g, a, b: g if alpha == 1 else g * alpha),
+        lambda a, b: (lambda g: g, lambda g: g if alpha == 1 else g * alpha),
     )
 
 
-@rule(torch.sub, torch.Tensor.sub, torch.subtract, torch.Tensor.subtract)
-def subtract(op: Operation, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
+@decomposition(torch.sub, torch.Tensor.sub, torch.subtract, torch.Tensor.subtract)
+def subtract(input: Any, other: Any, *, alpha: float = 1) -> Tensor:
     """`input - alpha * other`."""
-    return _pointwise(
-        op,
-        lambda a, b: torch.sub(a, b, alpha=alpha),
-        (input, other),
-        (lambda g, a, b: g, lambda g, a, b: g * -alpha),
-    )
+    return torch.add(input, other, alpha=-alpha)
 
 
 @rule(torch.mul, torch.Tensor.mul, torch.multiply, torch.Tensor.multiply)
 def multiply(op: Operation, input: Any, other: Any) -> Tensor:
     """`input * other`."""
-    slopes = (lambda g, a, b: g * b, lambda g, a, b: g * a)
-    return _pointwise(op, torch.mul, (input, other), slopes)
+    return _pointwise(
+        op, torch.mul, (input, other), lambda a, b: (lambda g: g * b, lambda g: g * a)
+    )
 
 
 @rule(torch.div, torch.Tensor.div, torch.true_divide, torch.Tensor.true_divide)
@@ -94,19 +91,27 @@ def divide(op: Operation, input: Any, other: Any, *, rounding_mode: str | None =
     """`input / other`."""
     if rounding_mode is not None:
         raise NotCovered
-    slopes = (lambda g, a, b: g / b, lambda g, a, b: -g * (a / b) / b)
-    return _pointwise(op, torch.div, (input, other), slopes)
+    return _pointwise(
+        op,
+        torch.div,
+        (input, other),
+        lambda a, b: (lambda g: g / b, lambda g: -g * (a / b) / b),
+    )
 
 
 @rule(torch.where)
 def where(op: Operation, condition: Tensor, input: Any, other: Any) -> Tensor:
     """A choice between the two, such as a token for what is masked."""
-    slopes = (
-        lambda g, c, a, b: g,
-        lambda g, c, a, b: torch.where(c, g, 0),
-        lambda g, c, a, b: torch.where(c, 0, g),
+    return _pointwise(
+        op,
+        torch.where,
+        (condition, input, other),
+        lambda c, a, b: (
+            lambda g: g,
+            lambda g: torch.where(c, g, 0),
+            lambda g: torch.where(c, 0, g),
+        ),
     )
-    return _pointwise(op, torch.where, (condition, input, other), slopes)
 
 
 @decomposition(torch.addcmul, torch.Tensor.addcmul)
@@ -121,8 +126,13 @@ def lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
     return torch.add(input, torch.mul(torch.sub(end, input), weight))
 
 
-def _in_place(method: Callable[..., Tensor], slope: Slope) -> None:
-    """Register the rule for `x.add_(parameter)` or another method like it."""
+def _in_place(method: Callable[..., Tensor], slope: Callable[..., Tensor]) -> None:
+    """Register the rule for `x.add_(parameter)` or another method like it.
+
+    Args:
+        method: The method.
+        slope: `slope(g, what was written to, parameter)`.
+    """
 
     @rule(method)
     def write(op: Operation, input: Tensor, other: Any) -> Tensor:
@@ -132,7 +142,8 @@ def _in_place(method: Callable[..., Tensor], slope: Slope) -> None:
         if not x.requires_grad or x._is_view():
             raise NotCovered  # what is watched has to be the very tensor that is written into
         before = x if method in (torch.Tensor.add_, torch.Tensor.sub_) else x.clone()
-        return op.record(method(x, value), {other: _summed(slope, (before, value), value.shape)})
+        gradient = _summed(lambda g: slope(g, before, value), value.shape)
+        return op.record(method(x, value), {other: gradient})
 
 
 _in_place(torch.Tensor.add_, lambda g, a, b: g)
