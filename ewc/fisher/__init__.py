@@ -6,7 +6,7 @@ Users of the library need nothing from here, unless they add a rule for an opera
 
 from ewc.fisher import rules as _rules  # noqa: F401  (registers the rules)
 from ewc.fisher.collection import Squares, collect
-from ewc.fisher.gradients import Dense, Gradient, Outer, Rows, Total
+from ewc.fisher.gradients import Dense, Gradient, Outer, Rows, Sum
 from ewc.fisher.rules import NotCovered, Operation, decomposition, rule
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "Outer",
     "Rows",
     "Squares",
-    "Total",
+    "Sum",
     "collect",
     "decomposition",
     "rule",

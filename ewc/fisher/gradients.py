@@ -101,7 +101,7 @@ def summed(gradients: Sequence[Gradient]) -> Gradient:
     return kinds.pop().joined(gradients) if len(kinds) == 1 else Several(gradients)
 
 
-class Total(Gradient):
+class Sum(Gradient):
     """`grad[n] = sum_s g[n, s]`: a bias, or anything added at every position.
 
     Args:
@@ -123,7 +123,7 @@ class Total(Gradient):
 
     @override
     @classmethod
-    def joined(cls, parts: Sequence["Total"]) -> Gradient:
+    def joined(cls, parts: Sequence["Sum"]) -> Gradient:
         return cls(torch.cat([part.summands for part in parts], 1))
 
 

@@ -209,13 +209,13 @@ def test_row_40_checkpoints(fisher_type: str) -> None:
 def test_a_wrong_rule_is_detected_for_sampled_targets_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ewc.fisher import Total
+    from ewc.fisher import Sum
     from ewc.fisher.rules import registry
 
     def wrong(op: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = op.samples(input)
         out = F.linear(x, op.value(weight), op.value(bias))
-        return op.record(out, {bias: lambda g: Total(2 * g)})
+        return op.record(out, {bias: lambda g: Sum(2 * g)})
 
     monkeypatch.setitem(registry.RULES, F.linear, wrong)
     paths = check(layers(), *data(4), "mc")

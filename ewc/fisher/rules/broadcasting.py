@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc.fisher.gradients import Gradient, Total
+from ewc.fisher.gradients import Gradient, Sum
 from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 Slope = Callable[[Tensor], Tensor]
@@ -53,10 +53,10 @@ def _pointwise(
 def _summed(slope: Slope, shape: Sequence[int]) -> Callable[[Tensor], Gradient]:
     """The gradients of a parameter of this shape: sums over what it was broadcast over."""
 
-    def gradient(g: Tensor) -> Total:
+    def gradient(g: Tensor) -> Sum:
         each = slope(g)
         ones = [1] * (each.dim() - 1 - len(shape))
-        return Total(each.sum_to_size(len(each), *ones, *shape).view(len(each), 1, *shape))
+        return Sum(each.sum_to_size(len(each), *ones, *shape).view(len(each), 1, *shape))
 
     return gradient
 

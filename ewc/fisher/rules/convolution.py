@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from ewc.fisher.gradients import Gradient, Outer, Total, alike, work_elements
+from ewc.fisher.gradients import Gradient, Outer, Sum, alike, work_elements
 from ewc.fisher.rules.registry import Operation, rule
 
 NARROW = 16
@@ -208,8 +208,8 @@ def _define(function: Callable[..., Tensor], *names: str, transposed: bool = Fal
             image, out = (g, x) if transposed else (x, g)
             return Patches(images(image), images(out), value.shape, window)
 
-        def bias_gradient(g: Tensor) -> Total:
-            return Total(images(g).flatten(3).sum(3))
+        def bias_gradient(g: Tensor) -> Sum:
+            return Sum(images(g).flatten(3).sum(3))
 
         out = torch.unflatten(out, 0, lead)
         return op.record(out, {weight: weight_gradient, bias: bias_gradient})

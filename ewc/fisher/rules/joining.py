@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ewc.fisher.gradients import Gradient, Total
+from ewc.fisher.gradients import Gradient, Sum
 from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 
@@ -31,7 +31,7 @@ def cat(
     axis = dim if dim < 0 else dim + 1
 
     def piece(length: int, starts: list[int]) -> Callable[[Tensor], Gradient]:
-        return lambda g: Total(torch.stack([g.narrow(axis, at, length) for at in starts], 1))
+        return lambda g: Sum(torch.stack([g.narrow(axis, at, length) for at in starts], 1))
 
     gradients: dict[Tensor | None, Callable[[Tensor], Gradient]] = {
         each: piece(each.shape[dim], starts[each]) for each in tensors if each in starts

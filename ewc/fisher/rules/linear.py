@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewc.fisher.gradients import Outer, Total
+from ewc.fisher.gradients import Outer, Sum
 from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 
@@ -24,7 +24,7 @@ def linear(op: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = N
         out,
         {
             weight: lambda g: Outer(positions(g), positions(x)),
-            bias: lambda g: Total(positions(g)),
+            bias: lambda g: Sum(positions(g)),
         },
     )
 
@@ -43,7 +43,7 @@ def addmm(
         out,
         {
             mat2: lambda g: Outer(positions(x), positions(g)),
-            input: lambda g: Total(positions(g)),
+            input: lambda g: Sum(positions(g)),
         },
     )
 

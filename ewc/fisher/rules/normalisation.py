@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ewc.fisher.gradients import Total
+from ewc.fisher.gradients import Sum
 from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
 Normalise = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
@@ -43,10 +43,10 @@ def _affine(
     folded = x if channels else x.flatten(0, 1)
     shared = set(range(1, x.dim())) - set(range(x.dim())[channels or slice(2, 3)])
 
-    def total(summands: Tensor) -> Total:
-        return Total((summands.sum(tuple(shared)) if shared else summands).unsqueeze(1))
+    def total(summands: Tensor) -> Sum:
+        return Sum((summands.sum(tuple(shared)) if shared else summands).unsqueeze(1))
 
-    def scale_gradient(g: Tensor) -> Total:
+    def scale_gradient(g: Tensor) -> Sum:
         return total(g * normalise(folded, None, None).view(x.shape))
 
     scale, shift = (None if each is None else op.value(each) for each in (weight, bias))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewc.fisher.gradients import Outer, Total
+from ewc.fisher.gradients import Outer, Sum
 from ewc.fisher.rules.lstm_scan import LSTMScan
 from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 
@@ -144,7 +144,7 @@ def _layer(
         F.linear(x, op.value(weights.input), value(weights.input_bias)),
         {
             weights.input: lambda g: Outer(by_sample(g), by_sample(x)),
-            weights.input_bias: lambda g: Total(by_sample(g)),
+            weights.input_bias: lambda g: Sum(by_sample(g)),
         },
     )
     bias = value(weights.hidden_bias)
@@ -153,7 +153,7 @@ def _layer(
         bias.to(of_inputs.dtype).expand(of_inputs.shape),
         {
             weights.hidden: lambda g: Outer(by_sample(g), by_sample(before)),
-            weights.hidden_bias: lambda g: Total(by_sample(g)),
+            weights.hidden_bias: lambda g: Sum(by_sample(g)),
         },
     )
     if not (x.is_cpu and (scan is _gru or narrow is not None)):
