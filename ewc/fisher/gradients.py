@@ -1,9 +1,9 @@
 """Per-sample gradients in factored form, and the sum of their squares.
 
-A rule knows the gradient of one operation for each sample as a formula of two tensors: what went
-in and what came back. Held in that form it is as small as the activations; written out it would
-be one copy of the parameter per sample. Each class here adds its squares to a total without
-writing out more than a few samples at a time.
+A rule knows the per-sample gradients of a parameter as a formula of two tensors: the input of the
+operation, and the gradient of its output. In this form they are as small as the activations;
+written out they would be one copy of the parameter per sample. Each class here adds their squares
+to `sums`, a tensor of the parameter's shape, and writes out a few samples at a time at most.
 
 Index legend: `n` sample, `s` shared position (time step, pixel, ...), `o`/`i` rows/columns.
 """
@@ -52,15 +52,15 @@ class Gradient(ABC):
     def per_sample(self, start: int, stop: int) -> Tensor:
         """The gradients of samples `start` to `stop - 1`, shape `[stop - start, *shape]`."""
 
-    def elements_per_sample(self, total: Tensor) -> int:
-        """How many elements are written out for each sample; `total` has the shape."""
-        return total.numel()
+    def elements_per_sample(self, sums: Tensor) -> int:
+        """How many elements are written out for each sample, given where the squares are added."""
+        return sums.numel()
 
-    def add_squares(self, total: Tensor) -> None:
-        """Add the sum over samples of the squared gradients to `total`, shape `[*shape]`."""
-        step = max(1, work_elements(total) // max(1, self.elements_per_sample(total)))
+    def add_squares(self, sums: Tensor) -> None:
+        """Add the sum over samples of the squared gradients to `sums`, shape `[*shape]`."""
+        step = max(1, work_elements(sums) // max(1, self.elements_per_sample(sums)))
         for start in range(0, self.samples, step):
-            _add_squares(total, self.per_sample(start, min(start + step, self.samples)))
+            _add_squares(sums, self.per_sample(start, min(start + step, self.samples)))
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> "Gradient":
@@ -68,10 +68,10 @@ class Gradient(ABC):
         return Several(parts)
 
 
-def _add_squares(total: Tensor, gradients: Tensor) -> None:
-    """Add the sum of the squares of `gradients`, `[n, *shape]`, in the precision of `total`."""
-    gradients = gradients.to(total.dtype)
-    total.add_((gradients * gradients).sum(0))
+def _add_squares(sums: Tensor, gradients: Tensor) -> None:
+    """Add the sum of the squares of `gradients`, `[n, *shape]`, in the precision of `sums`."""
+    gradients = gradients.to(sums.dtype)
+    sums.add_((gradients * gradients).sum(0))
 
 
 class Several(Gradient):
@@ -82,8 +82,8 @@ class Several(Gradient):
         self.samples = parts[0].samples
 
     @override
-    def elements_per_sample(self, total: Tensor) -> int:
-        return max(part.elements_per_sample(total) for part in self.parts)
+    def elements_per_sample(self, sums: Tensor) -> int:
+        return max(part.elements_per_sample(sums) for part in self.parts)
 
     @override
     def per_sample(self, start: int, stop: int) -> Tensor:
@@ -117,9 +117,9 @@ class Sum(Gradient):
         return self.summands[start:stop].sum(1)
 
     @override
-    def add_squares(self, total: Tensor) -> None:
+    def add_squares(self, sums: Tensor) -> None:
         shared = self.summands.shape[1] > 1
-        _add_squares(total, self.summands.sum(1) if shared else self.summands.squeeze(1))
+        _add_squares(sums, self.summands.sum(1) if shared else self.summands.squeeze(1))
 
     @override
     @classmethod
@@ -147,26 +147,26 @@ class Outer(Gradient):
         return left.mT @ right
 
     @override
-    def add_squares(self, total: Tensor) -> None:
-        left, right = self.left.to(total.dtype), self.right.to(total.dtype)
+    def add_squares(self, sums: Tensor) -> None:
+        left, right = self.left.to(sums.dtype), self.right.to(sums.dtype)
         positions = left.shape[-2]
-        if left.dim() == 4 and (positions == 1 or total[0].numel() > LARGE_MATRIX):
-            for one, other, each in zip(left.unbind(1), right.unbind(1), total, strict=True):
+        if left.dim() == 4 and (positions == 1 or sums[0].numel() > LARGE_MATRIX):
+            for one, other, each in zip(left.unbind(1), right.unbind(1), sums, strict=True):
                 Outer(one, other).add_squares(each)
         elif left.dim() == 4:
-            super().add_squares(total)
-        elif total.stride(0) < total.stride(1):  # a transposed view: write its rows as they lie
-            Outer(right, left).add_squares(total.t())
+            super().add_squares(sums)
+        elif sums.stride(0) < sums.stride(1):  # a transposed view: write its rows as they lie
+            Outer(right, left).add_squares(sums.t())
         elif positions == 1:
             # sum_n (g_o a_i)^2 = sum_n g_o^2 a_i^2: one product of matrices.
-            step = max(1, 8 * work_elements(total) // sum(total.shape))
+            step = max(1, 8 * work_elements(sums) // sum(sums.shape))
             for rows, columns in zip(left.split(step), right.split(step), strict=True):
                 rows, columns = rows.squeeze(1), columns.squeeze(1)
-                total.addmm_((rows * rows).t(), columns * columns)
-        elif _is_worth_a_call(total, positions):
-            _add_squares_in_cache(total, left, right)
+                sums.addmm_((rows * rows).t(), columns * columns)
+        elif _is_worth_a_call(sums, positions):
+            _add_squares_in_cache(sums, left, right)
         else:
-            Gradient.add_squares(Outer(left, right), total)
+            Gradient.add_squares(Outer(left, right), sums)
 
     @override
     @classmethod
@@ -177,19 +177,19 @@ class Outer(Gradient):
         )
 
 
-def _is_worth_a_call(total: Tensor, positions: int) -> bool:
+def _is_worth_a_call(sums: Tensor, positions: int) -> bool:
     """Whether the product of each sample is so large that it has a call of its own, on a CPU."""
-    few = 8 * total.numel() > work_elements(total)  # samples whose products stay in the cache
-    return total.is_cpu and few and positions * total.numel() > LOOP_PRODUCTS
+    few = 8 * sums.numel() > work_elements(sums)  # samples whose products stay in the cache
+    return sums.is_cpu and few and positions * sums.numel() > LOOP_PRODUCTS
 
 
-def _add_squares_in_cache(total: Tensor, left: Tensor, right: Tensor) -> None:
+def _add_squares_in_cache(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """Square one sample's product while it is in the cache, a block of rows at a time."""
-    blocks = math.ceil(total.numel() / (2 * work_elements(total)))
-    rows = math.ceil(total.shape[0] / blocks)
-    scratch = total.new_empty(rows, total.shape[1])
-    for top in range(0, total.shape[0], rows):
-        block = total[top : top + rows]
+    blocks = math.ceil(sums.numel() / (2 * work_elements(sums)))
+    rows = math.ceil(sums.shape[0] / blocks)
+    scratch = sums.new_empty(rows, sums.shape[1])
+    for top in range(0, sums.shape[0], rows):
+        block = sums[top : top + rows]
         product = scratch[: block.shape[0]]
         columns = left[:, :, top : top + rows].mT
         for one, other in zip(columns.unbind(0), right.unbind(0), strict=True):
@@ -220,7 +220,7 @@ class Rows(Gradient):
         return torch.unflatten(gradient, 0, (n, self.rows))
 
     @override
-    def add_squares(self, total: Tensor) -> None:
+    def add_squares(self, sums: Tensor) -> None:
         # Positions of one sample that read the same row are brought together by sorting and
         # summed before squaring; no size depends on the data, so nothing synchronises.
         n, positions = self.index.shape
@@ -228,12 +228,12 @@ class Rows(Gradient):
         starts = torch.ones_like(index, dtype=torch.bool)
         starts[:, 1:] = index[:, 1:] != index[:, :-1]
         segment = starts.cumsum(1) - 1 + torch.arange(n, device=index.device)[:, None] * positions
-        summands = self.summands.to(total.dtype)
+        summands = self.summands.to(sums.dtype)
         summands = summands.gather(1, order.unsqueeze(2).expand_as(summands))
-        sums = summands.new_zeros(n * positions, summands.shape[2])
-        sums.index_add_(0, segment.flatten(), summands.flatten(0, 1))
+        row_sums = summands.new_zeros(n * positions, summands.shape[2])
+        row_sums.index_add_(0, segment.flatten(), summands.flatten(0, 1))
         row = index.new_zeros(n * positions).scatter_(0, segment.flatten(), index.flatten())
-        total.index_add_(0, row, sums.square_())
+        sums.index_add_(0, row, row_sums.square_())
 
     @override
     @classmethod
@@ -261,19 +261,19 @@ class Dense(Gradient):
         return self.gradients[start:stop]
 
     @override
-    def add_squares(self, total: Tensor) -> None:
+    def add_squares(self, sums: Tensor) -> None:
         if self.gradients.is_complex():
-            Dense(self.gradients.real).add_squares(total)
-            Dense(self.gradients.imag).add_squares(total)
+            Dense(self.gradients.real).add_squares(sums)
+            Dense(self.gradients.imag).add_squares(sums)
         else:
-            super().add_squares(total)
+            super().add_squares(sums)
 
 
-def add_square(total: Tensor, gradient: Tensor) -> None:
-    """Add `|gradient|^2` to `total`, both `[*shape]`, squared in the precision of `total`."""
+def add_square(sums: Tensor, gradient: Tensor) -> None:
+    """Add `|gradient|^2` to `sums`, both `[*shape]`, squared in the precision of `sums`."""
     if gradient.is_sparse:
         gradient = gradient.to_dense()
     parts = (gradient.real, gradient.imag) if gradient.is_complex() else (gradient,)
     for part in parts:
-        part = part.to(total.dtype)
-        total.addcmul_(part, part)
+        part = part.to(sums.dtype)
+        sums.addcmul_(part, part)

@@ -72,9 +72,9 @@ class Patches(Gradient):
         )
 
     @override
-    def elements_per_sample(self, total: Tensor) -> int:
-        rows = min(self._places[0], self._rows_at_a_time(total))
-        return max(total.numel(), self._row_elements * rows)
+    def elements_per_sample(self, sums: Tensor) -> int:
+        rows = min(self._places[0], self._rows_at_a_time(sums))
+        return max(sums.numel(), self._row_elements * rows)
 
     @override
     def per_sample(self, start: int, stop: int) -> Tensor:
@@ -86,21 +86,21 @@ class Patches(Gradient):
         return product
 
     @override
-    def add_squares(self, total: Tensor) -> None:
+    def add_squares(self, sums: Tensor) -> None:
         is_plain = self.window.groups == 1 and self.out.shape[1] == 1
-        if not is_plain or self._rows_at_a_time(total) < self._places[0]:
-            super().add_squares(total)
+        if not is_plain or self._rows_at_a_time(sums) < self._places[0]:
+            super().add_squares(sums)
             return
-        step = max(1, 8 * work_elements(total) // (self._row_elements * self._places[0]))
-        squares = total.new_zeros(
-            self._kernel_rows, total[0].numel() // self._kernel_rows, self.shape[0]
+        step = max(1, 8 * work_elements(sums) // (self._row_elements * self._places[0]))
+        squares = sums.new_zeros(
+            self._kernel_rows, sums[0].numel() // self._kernel_rows, self.shape[0]
         )
         for image, out in zip(self.image.split(step), self.out.split(step), strict=True):
-            patches = self._patches(image.to(total.dtype), 0, self._places[0])[:, 0, 0]
-            right = out[:, 0].to(total.dtype).flatten(2).mT
+            patches = self._patches(image.to(sums.dtype), 0, self._places[0])[:, 0, 0]
+            right = out[:, 0].to(sums.dtype).flatten(2).mT
             for row, part in zip(patches.unbind(1), squares, strict=True):
                 Outer(row.mT, right).add_squares(part)
-        total.add_(self._as_weight(squares.mT.unsqueeze(0))[0])
+        sums.add_(self._as_weight(squares.mT.unsqueeze(0))[0])
 
     def _rows_at_a_time(self, tensor: Tensor) -> int:
         """How many rows of positions may be written out at a time for one sample."""
@@ -167,8 +167,8 @@ def _window(
         return (value,) * dims if isinstance(value, int) else tuple(value) * (dims // len(value))
 
     if padding == "same":
-        totals = [d * (k - 1) for k, d in zip(weight.shape[2:], each(dilation), strict=True)]
-        pairs = [(total // 2, total - total // 2) for total in totals]
+        spans = [d * (k - 1) for k, d in zip(weight.shape[2:], each(dilation), strict=True)]
+        pairs = [(span // 2, span - span // 2) for span in spans]
     else:
         pairs = [(one, one) for one in each(0 if isinstance(padding, str) else padding)]
     margins = [margin for pair in reversed(pairs) for margin in pair]

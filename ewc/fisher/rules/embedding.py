@@ -96,5 +96,5 @@ def embedding_bag(
         return torch.where(kept.any(1), largest, 0.0)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(2)
-    total = torch.where(kept, rows, 0.0).sum(1)
-    return total / kept.sum(1).clamp(min=1) if mode == "mean" else total
+    bags = torch.where(kept, rows, 0.0).sum(1)
+    return bags / kept.sum(1).clamp(min=1) if mode == "mean" else bags

@@ -1,4 +1,7 @@
-"""Linear maps: `F.linear`, `torch.addmm`, `F.bilinear`."""
+"""Linear maps: `F.linear`, `torch.addmm`, `F.bilinear`.
+
+Here `g` is the gradient of the output, as in all rules.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,17 @@ def positions(tensor: Tensor, keep: int = 1) -> Tensor:
 
 @rule(F.linear)
 def linear(op: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`grad W[n, o, i] = sum_s g[n, s, o] x[n, s, i]`, `grad b[n, o] = sum_s g[n, s, o]`."""
+    """`y = x W^T + b`, at every position.
+
+        grad W[n, o, i] = sum_s g[n, s, o] x[n, s, i]
+        grad b[n, o] = sum_s g[n, s, o]
+
+    With one position, the sum over samples of the squares is a product of two matrices:
+    `sum_n grad W[n, o, i]^2 = sum_n g[n, o]^2 x[n, i]^2`, that is `(g * g)^T (x * x)` (BackPACK,
+    Dangel et al. 2020). `Outer.add_squares` computes it so.
+
+    Index legend: `n` sample, `s` shared position, `i` input, `o` output.
+    """
     x, value = op.samples(input), op.value(weight)
     if value.dim() != 2:
         raise NotCovered
@@ -33,7 +46,7 @@ def linear(op: Operation, input: Tensor, weight: Tensor, bias: Tensor | None = N
 def addmm(
     op: Operation, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
-    """`x @ W + b`, as the Conv1D of Hugging Face's GPT-2 writes it."""
+    """`y = x W + b`: `linear` with W transposed, as the Conv1D of Hugging Face's GPT-2."""
     bias, weight = op.value(input), op.value(mat2)
     if bias.dim() != 1 or bias.shape[0] != weight.shape[1] or beta != 1 or alpha != 1:
         raise NotCovered

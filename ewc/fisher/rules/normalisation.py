@@ -43,15 +43,15 @@ def _affine(
     folded = x if channels else x.flatten(0, 1)
     shared = set(range(1, x.dim())) - set(range(x.dim())[channels or slice(2, 3)])
 
-    def total(summands: Tensor) -> Sum:
+    def over_positions(summands: Tensor) -> Sum:
         return Sum((summands.sum(tuple(shared)) if shared else summands).unsqueeze(1))
 
     def scale_gradient(g: Tensor) -> Sum:
-        return total(g * normalise(folded, None, None).view(x.shape))
+        return over_positions(g * normalise(folded, None, None).view(x.shape))
 
     scale, shift = (None if each is None else op.value(each) for each in (weight, bias))
     out = normalise(folded, scale, shift).view(x.shape)
-    return op.record(out, {weight: scale_gradient, bias: total})
+    return op.record(out, {weight: scale_gradient, bias: over_positions})
 
 
 @rule(torch.layer_norm)
