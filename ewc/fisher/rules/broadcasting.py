@@ -126,27 +126,16 @@ def lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
     return torch.add(input, torch.mul(torch.sub(end, input), weight))
 
 
-def _in_place(method: Callable[..., Tensor], slope: Callable[..., Tensor]) -> None:
-    """Register the rule for `x.add_(parameter)` or another method like it.
+def _in_place(method: Callable[..., Tensor], function: Callable[..., Tensor]) -> None:
+    """Register the decomposition of `x.add_(parameter)` or another method like it."""
 
-    Args:
-        method: The method.
-        slope: `slope(g, what was written to, parameter)`.
-    """
-
-    @rule(method)
-    def write(op: Operation, input: Tensor, other: Any) -> Tensor:
-        if not op.is_protected(other) or other.dim() > input.dim():
-            raise NotCovered
-        x, value = op.samples(input), op.value(other)
-        if not x.requires_grad or x._is_view():
-            raise NotCovered  # what is watched has to be the very tensor that is written into
-        before = x if method in (torch.Tensor.add_, torch.Tensor.sub_) else x.clone()
-        gradient = _summed(lambda g: slope(g, before, value), value.shape)
-        return op.record(method(x, value), {other: gradient})
+    @decomposition(method)
+    def write(input: Tensor, other: Any) -> Tensor:
+        # A rule may keep what it multiplies, which must not be what is written to.
+        return input.copy_(function(input.clone(), other))
 
 
-_in_place(torch.Tensor.add_, lambda g, a, b: g)
-_in_place(torch.Tensor.sub_, lambda g, a, b: -g)
-_in_place(torch.Tensor.mul_, lambda g, a, b: g * a)
-_in_place(torch.Tensor.div_, lambda g, a, b: -g * (a / b) / b)
+_in_place(torch.Tensor.add_, torch.add)
+_in_place(torch.Tensor.sub_, torch.sub)
+_in_place(torch.Tensor.mul_, torch.mul)
+_in_place(torch.Tensor.div_, torch.div)

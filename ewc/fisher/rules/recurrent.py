@@ -32,34 +32,28 @@ class _Weights(NamedTuple):
     projection: Tensor | None
 
 
-class _Step(NamedTuple):
-    """What a scan needs besides the states, all of it without gradients of parameters.
-
-    Attributes:
-        of_inputs: The inputs' share of the gates, with its bias, `[T, M, G]`.
-        of_states: The bias of the states' share, `[T, M, G]`.
-        across: The weight of the states, `[G, H]`.
-        project: An LSTM's projection of its state; None without one.
-    """
-
-    of_inputs: Tensor
-    of_states: Tensor
-    across: Tensor
-    project: Callable[[Tensor], Tensor] | None
-
-
 Scan = Callable[..., tuple[Tensor, ...]]
-"""`scan(step, *first states) -> (states over time, *last states)`.
+"""`scan(of_inputs, of_states, across, project, *first states) -> (states over time, *last states)`.
 
-Shapes: states over time `[T, M, H]`, first and last states `[M, H]`.
+Goes step by step, without gradients of parameters.
+
+- `of_inputs`, `[T, M, G]`: the inputs' share of the gates.
+- `of_states`, `[T, M, G]`: the bias of the states' share.
+- `across`, `[G, H]`: the weight of the states.
+- `project`: an LSTM's projection of its state, or None.
+- States over time `[T, M, H]`, first and last states `[M, H]`.
 """
+
+Projection = Callable[[Tensor], Tensor] | None
 
 
 def _rnn(activation: Callable[[Tensor], Tensor]) -> Scan:
-    def scan(step: _Step, h: Tensor) -> tuple[Tensor, ...]:
+    def scan(
+        of_inputs: Tensor, of_states: Tensor, across: Tensor, _: Projection, h: Tensor
+    ) -> tuple[Tensor, ...]:
         states = []
-        for share in (step.of_inputs + step.of_states).unbind(0):
-            h = activation(share + h @ step.across.t())
+        for share in (of_inputs + of_states).unbind(0):
+            h = activation(share + h @ across.t())
             states.append(h)
         return torch.stack(states), h
 
@@ -75,10 +69,12 @@ def _gru_step(of_input: Tensor, of_state: Tensor, h: Tensor) -> Tensor:
     return torch.lerp(new.to(h.dtype), h, update.to(h.dtype))  # they differ under autocast
 
 
-def _gru(step: _Step, h: Tensor) -> tuple[Tensor, ...]:
+def _gru(
+    of_inputs: Tensor, of_states: Tensor, across: Tensor, _: Projection, h: Tensor
+) -> tuple[Tensor, ...]:
     states = []
-    for of_input, bias in zip(step.of_inputs.unbind(0), step.of_states.unbind(0), strict=True):
-        h = _gru_step(of_input, torch.addmm(bias, h, step.across.t()), h)
+    for of_input, bias in zip(of_inputs.unbind(0), of_states.unbind(0), strict=True):
+        h = _gru_step(of_input, torch.addmm(bias, h, across.t()), h)
         states.append(h)
     return torch.stack(states), h
 
@@ -90,17 +86,18 @@ def _lstm_step(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return o.sigmoid() * c.tanh(), c
 
 
-def _lstm(step: _Step, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    if step.project is None:
-        weight = step.across.to(h.dtype)
-        states, c = LSTMScan.apply(  # type: ignore[no-untyped-call]  # untyped in PyTorch
-            step.of_inputs, step.of_states, weight, h, c
-        )
-        return states, states[-1], c
+def _lstm(
+    of_inputs: Tensor, of_states: Tensor, across: Tensor, project: Projection, h: Tensor, c: Tensor
+) -> tuple[Tensor, ...]:
+    if project is None:
+        weight = across.to(h.dtype)
+        apply = LSTMScan.apply
+        over_time, c = apply(of_inputs, of_states, weight, h, c)  # type: ignore[no-untyped-call]  # untyped in PyTorch
+        return over_time, over_time[-1], c
     states = []
-    for share in (step.of_inputs + step.of_states).unbind(0):
-        h, c = _lstm_step(torch.addmm(share, h, step.across.t()), c)
-        h = step.project(h)
+    for share in (of_inputs + of_states).unbind(0):
+        h, c = _lstm_step(share + h @ across.t(), c)
+        h = project(h)
         states.append(h)
     return torch.stack(states), h, c
 
@@ -160,8 +157,7 @@ def _layer(
         # Under autocast all of PyTorch's kernels but these two cast the states as well.
         firsts = [state.to(of_inputs.dtype) for state in firsts]
     project = None if narrow is None else partial(projected, narrow)
-    step = _Step(of_inputs, of_states, across, project)
-    over_time, *lasts = scan(step, *firsts)
+    over_time, *lasts = scan(of_inputs, of_states, across, project, *firsts)
     before = torch.cat([firsts[0].unsqueeze(0), over_time[:-1]]).detach()
     return over_time, *lasts
 
