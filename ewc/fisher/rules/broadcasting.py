@@ -1,7 +1,8 @@
 """Parameters added to samples, or multiplied with them, with broadcasting.
 
-Positions, scales, shifts by hand, the weight of an RMS norm: wherever a dimension of the
-parameter was broadcast, the gradient of a sample is the sum over that dimension.
+Positions, scales and shifts by hand, the weight of an RMS norm. With `g` for the gradient of the
+output, each rule says what the gradients of the operands are; they are then summed over the
+dimensions along which the operand was broadcast.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def _summed(slope: Slope, shape: Sequence[int]) -> Callable[[Tensor], Gradient]:
 
 @rule(torch.add, torch.Tensor.add)
 def add(op: Operation, input: Any, other: Any, *, alpha: float = 1) -> Tensor:
-    """`input + alpha * other`."""
+    """`a + alpha b`: `grad a = g`, `grad b = alpha g`."""
     return _pointwise(
         op,
         lambda a, b: torch.add(a, b, alpha=alpha),
@@ -80,7 +81,7 @@ def subtract(input: Any, other: Any, *, alpha: float = 1) -> Tensor:
 
 @rule(torch.mul, torch.Tensor.mul, torch.multiply, torch.Tensor.multiply)
 def multiply(op: Operation, input: Any, other: Any) -> Tensor:
-    """`input * other`."""
+    """`a b`: `grad a = g b`, `grad b = g a`."""
     return _pointwise(
         op, torch.mul, (input, other), lambda a, b: (lambda g: g * b, lambda g: g * a)
     )
@@ -88,7 +89,7 @@ def multiply(op: Operation, input: Any, other: Any) -> Tensor:
 
 @rule(torch.div, torch.Tensor.div, torch.true_divide, torch.Tensor.true_divide)
 def divide(op: Operation, input: Any, other: Any, *, rounding_mode: str | None = None) -> Tensor:
-    """`input / other`."""
+    """`a / b`: `grad a = g / b`, `grad b = -g a / b^2`."""
     if rounding_mode is not None:
         raise NotCovered
     return _pointwise(
@@ -101,7 +102,7 @@ def divide(op: Operation, input: Any, other: Any, *, rounding_mode: str | None =
 
 @rule(torch.where)
 def where(op: Operation, condition: Tensor, input: Any, other: Any) -> Tensor:
-    """A choice between the two, such as a token for what is masked."""
+    """`a` or `b`, such as a token for what is masked: `grad a = g` where the condition holds."""
     return _pointwise(
         op,
         torch.where,

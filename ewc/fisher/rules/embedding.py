@@ -1,4 +1,7 @@
-"""Embeddings, bags of embeddings, and rows read by an index, sparse gradients or not."""
+"""Embeddings, bags of embeddings, and rows read by an index, sparse gradients or not.
+
+Index legend: `n` sample, `s` position, `v` row of the table.
+"""
 
 import math
 from typing import Any
@@ -21,9 +24,9 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """`grad W[n, v] = sum of g[n, s] over the positions s that read row v`.
+    """Rows of a table: `grad W[n, v] = sum of g[n, s] over the positions s with index[n, s] = v`.
 
-    The row `padding_idx` has none. (`F.embedding` calls this function, without padding with -1.)
+    The row `padding_idx` gets none. `F.embedding` calls this function, with -1 for no padding.
     """
     if scale_grad_by_freq:
         raise NotCovered

@@ -14,7 +14,7 @@ from ewc.fisher.rules.registry import NotCovered, Operation, decomposition, rule
 def cat(
     op: Operation, tensors: Sequence[Tensor], dim: int = 0, *, axis: int | None = None
 ) -> Tensor:
-    """The gradient of a piece is what lies in its place in the gradient of the whole."""
+    """Pieces in a row: the gradient of a piece is the slice of `g` in its place."""
     dim = dim if axis is None else axis
     samples = [None if op.is_protected(each) else op.samples(each) for each in tensors]
     n = max((len(each) for each in samples if each is not None), default=0)
