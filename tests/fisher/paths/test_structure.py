@@ -25,6 +25,20 @@ def copied_rows(p: Tensor, task: int) -> Tensor:
     return rows
 
 
+def written(p: Tensor, task: int) -> Tensor:
+    w = torch.zeros(3, 3).double()
+    w[:2], w[task : task + 2] = p[:2], p[:2]
+    return w
+
+
+SHARED = torch.zeros(2).double()
+
+
+def masked_past_its_version(p: Tensor, task: int) -> Tensor:
+    SHARED.numpy()[:] = 1, task
+    return (SHARED[:, None, None] * p).flatten(0, 1)
+
+
 CHANGING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "masks": lambda x, p, t: F.linear(x, (MASKS[t, :, None] * p).flatten(0, 1)[:3]),
     "masks that come to overlap": lambda x, p, t: F.linear(
@@ -38,6 +52,10 @@ CHANGING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     ),
     "strides": lambda x, p, t: x * p.as_strided((3,), (3,)) + p.as_strided((3,), (1,), t),
     "a sum": lambda x, p, t: F.linear(x, p.cumsum(t) if t else p),
+    "one of several parts": lambda x, p, t: F.linear(x * p.unbind(1)[0].exp(), p) * p.unbind(1)[t],
+    "another part of several": lambda x, p, t: x * p.unbind()[0].view(3) + p.unbind()[t].view(3),
+    "slices that are written": lambda x, p, t: F.linear(x, written(p, t)),
+    "a mask written past its version": lambda x, p, t: F.linear(x, masked_past_its_version(p, t)),
     "the number of uses": lambda x, p, t: reduce(lambda h, _: (h @ p.t()).tanh(), range(t + 1), x),
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import pytest
 import torch
@@ -47,10 +48,37 @@ def grid(p: Tensor, mode: str) -> Tensor:
     return F.interpolate(p[None, None], size=(3, 3), mode=mode)[0, 0]
 
 
+class Clipped(torch.autograd.Function):
+    """Its reverse pass is not linear."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(p: Tensor) -> Tensor:
+        return p.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.clamp(-0.1, 0.1)
+
+
+def clipped_by_a_hook(p: Tensor) -> Tensor:
+    made = p.exp()
+    made.register_hook(lambda g: g.clamp(-0.1, 0.1))
+    return made
+
+
 MADE: dict[str, tuple[Function, tuple[int, ...]]] = {
     "views of views": (lambda p: p.view(2, 3, 3)[1].t()[1:].repeat(2, 1)[:3].t().t(), (6, 3)),
     "expanded": (lambda p: p.expand(3, 3) + torch.eye(3), (1, 3)),
     "one number": (lambda p: p.exp() * torch.eye(3).double().cumsum(0), ()),
+    "one number twice": (lambda p: torch.eye(3) * torch.cat([p, p, p.new_ones(1)]), (1,)),
+    "heights": (lambda p: p.softmax(0).cumsum(0).expand(3, 3) * torch.eye(3).double(), (3,)),
+    "loosely coupled": (lambda p: p + 1e-8 * p.flip(0), (3, 3)),
     "repeated rows": (lambda p: p[torch.tensor([0, 1, 0])], (2, 3)),
     "put next to itself": (lambda p: torch.cat([p, p])[:3], (2, 3)),
     "triangular": (lower, (6,)),
@@ -85,6 +113,8 @@ MADE: dict[str, tuple[Function, tuple[int, ...]]] = {
     "of unit norm": (lambda p: p / p.norm(dim=1, keepdim=True).detach(), (3, 3)),
     "chosen": (lambda p: torch.where(p > 0, p, p.t()), (3, 3)),
     "clipped": (lambda p: p.clamp(-0.5, 0.5), (3, 3)),
+    "with clipped gradients": (Clipped.apply, (3, 3)),
+    "with a hook": (clipped_by_a_hook, (3, 3)),
     "real parts": (lambda p: torch.view_as_complex(p).abs(), (3, 3, 2)),
     "by Fourier": (lambda p: torch.fft.irfft(torch.fft.rfft(p) * p[0], n=3), (3, 2)),
     "mapped": (lambda p: vmap(lambda row: row / row.norm())(p), (3, 3)),
