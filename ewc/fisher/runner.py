@@ -84,20 +84,25 @@ class Runner:
     def record(
         self, vectorised: Vectorised, batch: Batch, totals: Mapping[str, Tensor]
     ) -> Recorded:
-        """Run forward on all samples at once."""
+        """Run forward on all samples at once; `reverse` must follow."""
         try:
             with self.randomness.stream() as keep:
                 recorded = vectorised.forward(batch, totals)
                 keep()
                 return recorded
-        finally:
+        except BaseException:
             self.restore()
+            raise
 
     def reverse(self, recorded: Recorded) -> None:
         """Run the reverse pass of a forward pass, and add the squares."""
         devices = {parameter.device.type for parameter in self.parameters.values()}
-        with torch.no_grad(), without_autocast(devices):
-            recorded.reverse()
+        try:
+            with torch.no_grad(), without_autocast(devices):
+                recorded.reverse()
+        finally:
+            # Not before: the graph may have saved a buffer that the model has written to.
+            self.restore()
 
     def loop(
         self,

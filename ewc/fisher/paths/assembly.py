@@ -22,24 +22,44 @@ class Assembly:
     weights of a parameter before squaring.
 
     Args:
-        weights: All effective weights that were used.
         totals: For each parameter, where its squares are added.
         structures: Decides which weights are separate.
+
+    Attributes:
+        is_last: Whether no other reverse pass will follow the present one.
     """
 
-    def __init__(
-        self, weights: Sequence[Weight], totals: Mapping[str, Tensor], structures: Structures
-    ) -> None:
+    def __init__(self, totals: Mapping[str, Tensor], structures: Structures) -> None:
+        self.is_last = False
+        self._totals = totals
+        self._structures = structures
+        self._products = product_context()
+        self._separate: set[Weight] = set()
+        self._groups: list[list[Weight]] = []
+        self._squares: dict[Weight, Tensor] = {}
+
+    @property
+    def joint_bytes(self) -> int:
+        """The memory of the gradients that are summed before squaring, for one sample."""
+        weights = [weight for group in self._groups for weight in group]
+        tensors = [*(weight.layout for weight in weights), *_parameters(weights).values()]
+        return sum(each.numel() * each.element_size() for each in tensors)
+
+    def begin(self, weights: Sequence[Weight]) -> None:
+        """Decide which weights are separate, before the first reverse pass.
+
+        Args:
+            weights: All effective weights that were used.
+        """
         by_name: dict[str, list[Weight]] = {}
         for weight in weights:
             for name in weight.parameters:
                 by_name.setdefault(name, []).append(weight)
-        joint = {name for name, each in by_name.items() if not structures.are_separate(name, each)}
-        self._totals = totals
-        self._products = product_context()
+        joint = {
+            name for name, each in by_name.items() if not self._structures.are_separate(name, each)
+        }
         self._separate = {each for each in weights if joint.isdisjoint(each.parameters)}
         self._groups = _connected([each for each in weights if each not in self._separate], joint)
-        self._squares: dict[Weight, Tensor] = {}
 
     def receive(self, weight: Weight, gradient: Gradient) -> None:
         """Take what has come back to one use of a weight."""
@@ -109,8 +129,10 @@ class Assembly:
             max(weight.layout.numel(), gradient.elements_per_sample(weight.layout))
             for weight, gradient in zip(weights, gradients, strict=True)
         )
-        step = max(1, SAMPLES_BYTES // (weights[0].layout.element_size() * max(1, elements)))
         samples = gradients[0].samples
+        step = max(1, SAMPLES_BYTES // (weights[0].layout.element_size() * max(1, elements)))
+        if self._structures.in_lockstep:
+            step = samples  # other processes, with other numbers of samples, lead back as often
         for start in range(0, samples, step):
             stop = min(start + step, samples)
             parts = [gradient.per_sample(start, stop) for gradient in gradients]

@@ -1,9 +1,19 @@
-"""Walks the graph that autograd has recorded."""
+"""Walks the graph that autograd has recorded, and describes it."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+_GENERATED = re.compile(r"Backward\d+$")
+"""The names of PyTorch's own nodes, which show all that they keep.
+
+Those of autograd.Functions, of scripted code and of writes into slices do not.
+"""
 
 
 def nodes(*roots: Any) -> Iterator[Any]:
@@ -27,3 +37,71 @@ def leaves(*roots: Any) -> Iterator[Tensor]:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             yield leaf
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that the derivatives along a graph depend on, but for its leaves.
+
+    Attributes:
+        operations: The operations, how they are connected, and their options.
+        constants: Copies of the tensors that they keep and that need no gradient.
+    """
+
+    operations: list[Hashable]
+    constants: list[Tensor]
+
+    def equals(self, other: "Description") -> bool:
+        """Whether the derivatives are the same."""
+        return self.operations == other.operations and all(
+            map(torch.equal, self.constants, other.constants)
+        )
+
+
+def describe(edges: Sequence[GradientEdge]) -> Description | None:
+    """Describe the graph behind some edges.
+
+    Returns:
+        None if a node hides what it keeps, or if to read it would wait for a device.
+    """
+    found = list(nodes(*[edge.node for edge in edges]))
+    numbers: dict[Any, int] = {node: number for number, node in enumerate(found)}
+    numbers[None] = -1
+    operations: list[Hashable] = [(numbers[edge.node], edge.output_nr) for edge in edges]
+    constants: list[Tensor] = []
+    for node in found:
+        operations += [(numbers[following], output) for following, output in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            operations.append(id(leaf))
+            continue
+        if not _GENERATED.search(node.name()):
+            return None
+        operations.append(node.name())
+        for saved in _saved(node):
+            if not isinstance(saved, Tensor):
+                operations.append(repr(saved))
+            elif saved.requires_grad:
+                continue  # made of leaves
+            elif saved.is_cpu:
+                constants.append(saved.clone())
+            else:
+                return None
+    return Description(operations, constants)
+
+
+def keeps_tensors(edges: Sequence[GradientEdge]) -> bool:
+    """Whether a node of the graph behind some edges keeps tensors for the reverse pass."""
+    graph = nodes(*[edge.node for edge in edges])
+    return any(name.startswith("_raw_saved_") for node in graph for name in dir(node))
+
+
+def _saved(node: Any) -> Iterator[Any]:
+    """What a node of autograd keeps: tensors, numbers, shapes."""
+    for attribute in dir(node):
+        if attribute.startswith("_saved_"):
+            value = getattr(node, attribute)
+            is_several = isinstance(value, (tuple, list)) and any(
+                isinstance(each, Tensor) for each in value
+            )
+            yield from value if is_several else (value,)

@@ -24,15 +24,13 @@ from torch.utils._pytree import tree_map_only
 from ewc import _vmap
 from ewc.fisher.gradients import Dense, Gradient
 from ewc.fisher.paths import branches
+from ewc.fisher.paths.assembly import Assembly
 from ewc.fisher.paths.weights import Weight, Weights, is_weight
 from ewc.fisher.rules.registry import ALWAYS, DECOMPOSITIONS, RULES, NotCovered, accepts
 
 _REVERSE = {torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward}
 
 _STRIDED = {torch.as_strided, torch.Tensor.as_strided}
-
-Receive = Callable[[Weight, Gradient], None]
-"""Takes a gradient that has come back to one use of a weight."""
 
 
 class PerSampleMode(TorchFunctionMode):
@@ -41,23 +39,21 @@ class PerSampleMode(TorchFunctionMode):
     Args:
         parameters: The protected parameters by name.
         samples: N.
+        assembly: Takes the gradients in the reverse pass.
 
     Attributes:
         level: The nesting level of that `vmap`, to be set before the mode is entered.
         weights: The effective weights that were met.
-        receive: Takes the gradients in the reverse pass, to be set before it begins.
-        is_last: Whether no other reverse pass will follow the present one.
         reads: Whether the model has read values out of a tensor, to branch on them.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], samples: int) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], samples: int, assembly: Assembly) -> None:
         super().__init__()
         self.level = 0
         self.weights = Weights(parameters)
-        self.receive: Receive
-        self.is_last = False
         self.reads = False
         self._samples = samples
+        self._assembly = assembly
         self._copies: dict[Weight, Tensor] = {}
         self._kept: dict[int, int] = {}
 
@@ -116,10 +112,12 @@ class PerSampleMode(TorchFunctionMode):
             return output
         self._weigh(output)
 
+        assembly = self._assembly  # the hook must not hold the mode, which holds the copies
+
         def receive(g: Tensor) -> None:
             for weight, gradient in uses:
-                self.receive(weight, gradient(g.detach()))
-            if self.is_last:
+                assembly.receive(weight, gradient(g.detach()))
+            if assembly.is_last:
                 uses.clear()  # and with it what the rules have kept
 
         if not output.requires_grad:
@@ -228,7 +226,8 @@ class PerSampleMode(TorchFunctionMode):
         assert weight is not None
         if weight not in self._copies:
             root = tensor.detach().expand(self._samples, *tensor.shape).requires_grad_()
-            root.register_hook(lambda g: self.receive(weight, Dense(g.detach())))
+            assembly = self._assembly  # as in `record`
+            root.register_hook(lambda g: assembly.receive(weight, Dense(g.detach())))
             weight.uses += 1
             self._copies[weight] = root
         return self._copies[weight]

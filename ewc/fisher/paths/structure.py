@@ -11,16 +11,13 @@ Views, casts and elementwise functions are of this kind. Which are, is tested an
 of this kind.
 """
 
-import re
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from ewc.fisher.paths.graph import nodes
+from ewc.fisher.paths.graph import Description, describe, keeps_tensors, nodes
 from ewc.fisher.paths.weights import Weight
 
 
@@ -32,14 +29,18 @@ class Structures:
     graphs lead to the weights, from equal constants: reading a verdict waits for a device.
 
     Args:
-        keep: Whether verdicts are kept. Several processes that gather a parameter together must
-            decide together, every time.
+        in_lockstep: Whether several processes gather parameters together. Then a weight is only
+            separate if it is led back without the values of parameters: processes may decide
+            differently, and must gather equally often.
+
+    Attributes:
+        in_lockstep: The same.
     """
 
-    def __init__(self, *, keep: bool) -> None:
-        self._keep = keep
+    def __init__(self, *, in_lockstep: bool) -> None:
+        self.in_lockstep = in_lockstep
         self._joint: set[str] = set()
-        self._separate: dict[str, _Graphs] = {}
+        self._separate: dict[str, Description] = {}
 
     def are_separate(self, name: str, weights: Sequence[Weight]) -> bool:
         """Whether every entry of a parameter reaches at most one entry, of all the weights.
@@ -52,18 +53,17 @@ class Structures:
             return True
         if any(weight.is_parameter or weight.layout.is_complex() for weight in weights):
             return False
-        if not self._keep:
-            return _are_separate(weights, weights[0].parameters[name])
-        if name in self._joint:
+        edges = [weight.edge for weight in weights]
+        if name in self._joint or (self.in_lockstep and keeps_tensors(edges)):
             return False
-        graphs, known = _Graphs.of(weights), self._separate.get(name)
-        if graphs is not None and known is not None and known.equal(graphs):
+        graph, known = describe(edges), self._separate.get(name)
+        if graph is not None and known is not None and known.equals(graph):
             return True
         is_separate = _are_separate(weights, weights[0].parameters[name])
         if not is_separate:
             self._joint.add(name)
-        elif graphs is not None:
-            self._separate[name] = graphs
+        elif graph is not None:
+            self._separate[name] = graph
         return is_separate
 
 
@@ -83,15 +83,27 @@ def lead_back(
         batched: Whether the gradients are those of n samples.
     """
     typed = [g.to(w.layout.dtype) for w, g in zip(weights, gradients, strict=True)]
-    found: Sequence[Tensor | None] = torch.autograd.grad(
-        [weight.edge for weight in weights],
-        parameters,
-        typed,
-        retain_graph=True,  # a model may keep a weight for its next run
-        allow_unused=True,
-        is_grads_batched=batched,
-    )
-    return list(found)
+
+    def grad(gradients: Sequence[Tensor], *, batched: bool) -> Sequence[Tensor | None]:
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            [weight.edge for weight in weights],
+            parameters,
+            gradients,
+            retain_graph=True,  # a model may keep a weight for its next run
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+        return found
+
+    try:
+        return list(grad(typed, batched=batched))
+    except RuntimeError:
+        if not batched:
+            raise
+    # A reverse pass that vmap cannot do, such as one of the user's own, for each sample.
+    rows = [grad(row, batched=False) for row in zip(*typed, strict=True)]
+    columns = zip(*rows, strict=True)
+    return [None if column[0] is None else torch.stack(column) for column in columns]
 
 
 def _are_separate(weights: Sequence[Weight], parameter: Tensor) -> bool:
@@ -106,11 +118,15 @@ def _are_separate(weights: Sequence[Weight], parameter: Tensor) -> bool:
         slope = _back(weight, torch.ones((), device=weight.device), parameter)
         for v in _probes(weight):
             once, twice = _back(weight, v, parameter), _back(weight, v * v, parameter)
-            holds.append((once * once == twice * slope).all())
+            holds.append(_are_equal(once * once, twice * slope))
         for scale in _scales(weight):
-            holds.append((_back(weight, scale, parameter) == scale * slope).all())
+            holds.append(_are_equal(_back(weight, scale, parameter), scale * slope))
         reached += slope != 0
     return bool(torch.stack([*holds, (reached <= 1).all()]).all())
+
+
+def _are_equal(one: Tensor, other: Tensor) -> Tensor:
+    return ((one == other) & one.isfinite()).all()
 
 
 def _back(weight: Weight, gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -140,76 +156,10 @@ def _scales(weight: Weight) -> list[Tensor]:
     It need not be: the user may have registered a hook that clips gradients.
     """
     exponent = 2 ** _digit_bits(weight)
-    found = [-1.0, 2.0**exponent, 2.0**-exponent]
+    found = [-(2.0**exponent), 2.0**-exponent]
     return [torch.tensor(each, device=weight.device) for each in found]
 
 
 def _digit_bits(weight: Weight) -> int:
     """Squares of `2 ** (2 ** bits - 1)` are in the range of the dtype."""
     return 3 if weight.layout.element_size() < 4 else 5
-
-
-@dataclass(frozen=True)
-class _Graphs:
-    """All that the derivatives of some weights depend on, but for the parameters.
-
-    Attributes:
-        nodes: The operations, how they are connected, and their options.
-        constants: Copies of the tensors that they keep and that no parameter is in.
-    """
-
-    nodes: list[Hashable]
-    constants: list[Tensor]
-
-    @classmethod
-    def of(cls, weights: Sequence[Weight]) -> "_Graphs | None":
-        """None if the graphs hide something, or if reading it would wait for a device."""
-        found = list(nodes(*[weight.edge.node for weight in weights]))
-        numbers = {node: number for number, node in enumerate(found)}
-        numbers[None] = -1
-        described: list[Hashable] = [
-            (numbers[weight.edge.node], weight.edge.output_nr, weight.layout.shape)
-            for weight in weights
-        ]
-        constants: list[Tensor] = []
-        for node in found:
-            described += [(numbers[each], at) for each, at in node.next_functions]
-            leaf = getattr(node, "variable", None)
-            if leaf is not None:
-                described.append(id(leaf))
-                continue
-            if not _GENERATED.search(node.name()):
-                return None
-            described.append(node.name())
-            for saved in _saved(node):
-                if not isinstance(saved, Tensor):
-                    described.append(repr(saved))
-                elif saved.requires_grad:
-                    continue  # made of parameters, which stay as they are
-                elif saved.is_cpu:
-                    constants.append(saved.clone())
-                else:
-                    return None
-        return cls(described, constants)
-
-    def equal(self, other: "_Graphs") -> bool:
-        """Whether the weights depend on the parameters in the same way."""
-        return self.nodes == other.nodes and all(map(torch.equal, self.constants, other.constants))
-
-
-_GENERATED = re.compile(r"Backward\d+$")
-"""The names of PyTorch's own nodes, which show all that they keep.
-
-Those of autograd.Functions, of scripted code and of writes into slices do not.
-"""
-
-
-def _saved(node: Any) -> Iterator[Any]:
-    """What a node of autograd keeps: tensors, numbers, shapes."""
-    for attribute in dir(node):
-        if attribute.startswith("_saved_"):
-            value = getattr(node, attribute)
-            is_several = isinstance(value, (tuple, list)) and any(
-                isinstance(each, Tensor) for each in value
-            )
-            yield from value if is_several else (value,)

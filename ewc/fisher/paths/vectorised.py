@@ -17,8 +17,8 @@ from ewc.fisher.paths.graph import leaves
 from ewc.fisher.paths.meeting import PerSampleMode
 from ewc.fisher.paths.structure import Structures
 
-COPIES_BYTES = 2**26
-"""How much memory the written-out gradients of per-sample copies may take at a time."""
+WRITTEN_BYTES = 2**26
+"""How much memory the per-sample gradients that are written out may take at a time."""
 
 KEPT_BYTES = {"cpu": 2**26}
 """How much memory the activations of a forward pass may take, by kind of device."""
@@ -41,14 +41,12 @@ class Recorded:
     """A forward pass, ready for its reverse pass.
 
     Attributes:
-        mode: What the pass has recorded.
         assembly: Takes the gradients.
         terms: K terms, each summed over the samples.
         leaves: The leaves of their graph. Gradients with respect to these pass all that is
             recorded.
     """
 
-    mode: PerSampleMode
     assembly: Assembly
     terms: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
@@ -57,7 +55,7 @@ class Recorded:
         """Run the reverse pass, once for each of the K terms, and add the squares."""
         last = len(self.terms) - 1
         for k, term in enumerate(self.terms):
-            self.mode.is_last = k == last
+            self.assembly.is_last = k == last
             torch.autograd.grad(term, self.leaves, retain_graph=k < last, allow_unused=True)
             self.assembly.end_reverse()
         self.assembly.end()
@@ -99,7 +97,7 @@ class Vectorised:
         self._outputs = outputs
         self._structures = structures
         self._expansion = 1.0  # bytes of activations for each byte of inputs, the last time
-        self._copied_bytes = 0
+        self._written_bytes = 0
 
     def capacity(self, batch: Batch) -> int:
         """How many samples like those of a batch go at once, so that memory stays in its budget.
@@ -109,8 +107,8 @@ class Vectorised:
         device = next(iter(self._parameters.values())).device.type
         budget = KEPT_BYTES.get(device, KEPT_BYTES_ELSEWHERE)
         kept = self._expansion * batch.nbytes / batch.size
-        copies = COPIES_BYTES // max(1, self._copied_bytes)
-        return max(1, min(copies, int(budget / max(1.0, kept))))
+        written = WRITTEN_BYTES // max(1, self._written_bytes)
+        return max(1, min(written, int(budget / max(1.0, kept))))
 
     def chunk_size(self, batch: Batch) -> int:
         """How many samples of a batch go at once, so that the chunks are equal in size."""
@@ -124,7 +122,8 @@ class Vectorised:
             totals: For each parameter, where the reverse pass adds its squares.
         """
         protected = {name: p for name, p in self._parameters.items() if name not in self.fallback}
-        mode = PerSampleMode(protected, batch.size)
+        assembly = Assembly(totals, self._structures)
+        mode = PerSampleMode(protected, batch.size, assembly)
         terms = self._run(batch, mode)
         found = tuple(leaves(terms.grad_fn))
         # A rule and a copy cut the graph. A parameter at its end was used past both: in an
@@ -139,10 +138,11 @@ class Vectorised:
                 if copied or name not in self.methods:
                     self.methods[name] = "vmap" if copied else "rule"
         self._expansion = mode.kept_bytes / max(1, batch.nbytes)
-        self._copied_bytes = mode.copied_bytes
-        assembly = Assembly(weights, totals, self._structures)
-        mode.receive = assembly.receive
-        return Recorded(mode, assembly, terms.sum(1).unbind(0), found)
+        assembly.begin(weights)
+        self._written_bytes = mode.copied_bytes
+        if self._structures.in_lockstep:
+            self._written_bytes += assembly.joint_bytes
+        return Recorded(assembly, terms.sum(1).unbind(0), found)
 
     def _run(self, batch: Batch, mode: PerSampleMode) -> Tensor:
         """The terms of all samples, `[K, N]`."""

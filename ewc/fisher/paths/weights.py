@@ -28,8 +28,9 @@ class Weight:
     Attributes:
         parameters: The same.
         is_parameter: Whether it is itself one of them.
-        edge: Where its graph begins, which later writes into the tensor do not change.
-        layout: A tensor of its shape, strides and dtype, without memory.
+        edge: Where its graph begins, which later writes into the tensor do not change; a parameter
+            has none.
+        layout: A tensor of its shape, strides and dtype, without memory of its own.
         device: Where it lies.
         uses: How many operations have used it.
         lacks_rule: Whether one of these took a copy per sample, for want of a rule.
@@ -39,8 +40,10 @@ class Weight:
     def __init__(self, tensor: Tensor, parameters: dict[str, Tensor]) -> None:
         self.parameters = parameters
         self.is_parameter = any(tensor is each for each in parameters.values())
-        self.edge = get_gradient_edge(tensor)
-        self.layout = torch.empty_like(tensor, device="meta", requires_grad=False)
+        self.layout: Tensor = tensor
+        if not self.is_parameter:
+            self.edge = get_gradient_edge(tensor)
+            self.layout = torch.empty_like(tensor, device="meta")
         self.device = tensor.device
         self.uses = 0
         self.lacks_rule = False
