@@ -51,13 +51,7 @@ class Assembly:
         Args:
             weights: All effective weights that were used.
         """
-        by_name: dict[str, list[Weight]] = {}
-        for weight in weights:
-            for name in weight.parameters:
-                by_name.setdefault(name, []).append(weight)
-        joint = {
-            name for name, each in by_name.items() if not self._structures.are_separate(name, each)
-        }
+        joint = self._structures.joint(weights)
         self._separate = {each for each in weights if joint.isdisjoint(each.parameters)}
         self._groups = _connected([each for each in weights if each not in self._separate], joint)
 

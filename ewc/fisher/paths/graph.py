@@ -3,6 +3,7 @@
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,15 +94,20 @@ def describe(edges: Sequence[GradientEdge]) -> Description | None:
 def keeps_tensors(edges: Sequence[GradientEdge]) -> bool:
     """Whether a node of the graph behind some edges keeps tensors for the reverse pass."""
     graph = nodes(*[edge.node for edge in edges])
-    return any(name.startswith("_raw_saved_") for node in graph for name in dir(node))
+    return any(_names(type(node), "_raw_saved_") for node in graph)
 
 
 def _saved(node: Any) -> Iterator[Any]:
     """What a node of autograd keeps: tensors, numbers, shapes."""
-    for attribute in dir(node):
-        if attribute.startswith("_saved_"):
-            value = getattr(node, attribute)
-            is_several = isinstance(value, (tuple, list)) and any(
-                isinstance(each, Tensor) for each in value
-            )
-            yield from value if is_several else (value,)
+    for name in _names(type(node), "_saved_"):
+        value = getattr(node, name)
+        is_several = isinstance(value, (tuple, list)) and any(
+            isinstance(each, Tensor) for each in value
+        )
+        yield from value if is_several else (value,)
+
+
+@cache
+def _names(kind: Any, prefix: str) -> list[str]:
+    """The attributes of a kind of node that begin like this."""
+    return [name for name in dir(kind) if name.startswith(prefix)]

@@ -11,7 +11,7 @@ Views, casts and elementwise functions are of this kind. Which are, is tested an
 of this kind.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -42,29 +42,38 @@ class Structures:
         self._joint: set[str] = set()
         self._separate: dict[str, Description] = {}
 
-    def are_separate(self, name: str, weights: Sequence[Weight]) -> bool:
-        """Whether every entry of a parameter reaches at most one entry, of all the weights.
+    def joint(self, weights: Sequence[Weight]) -> set[str]:
+        """The names of the parameters whose gradients must be summed before squaring.
 
         Args:
-            name: The parameter's name.
-            weights: All weights that were made of it.
+            weights: All effective weights that were used.
         """
-        if len(weights) == 1 and weights[0].is_parameter:
-            return True
-        if any(weight.is_parameter or weight.layout.is_complex() for weight in weights):
-            return False
-        edges = [weight.edge for weight in weights]
-        if name in self._joint or (self.in_lockstep and keeps_tensors(edges)):
-            return False
-        graph, known = describe(edges), self._separate.get(name)
-        if graph is not None and known is not None and known.equals(graph):
-            return True
-        is_separate = _are_separate(weights, weights[0].parameters[name])
-        if not is_separate:
-            self._joint.add(name)
-        elif graph is not None:
-            self._separate[name] = graph
-        return is_separate
+        by_name: dict[str, list[Weight]] = {}
+        for weight in weights:
+            for name in weight.parameters:
+                by_name.setdefault(name, []).append(weight)
+        undecided = {}
+        for name, made in by_name.items():
+            if len(made) == 1 and made[0].is_parameter:
+                continue
+            edges = [weight.edge for weight in made if not weight.is_parameter]
+            if name in self._joint:
+                continue
+            if len(edges) < len(made) or (self.in_lockstep and keeps_tensors(edges)):
+                self._joint.add(name)
+                continue
+            known = self._separate.get(name)
+            graph = None if known is None else describe(edges)
+            if known is None or graph is None or not known.equals(graph):
+                undecided[name] = edges
+        if undecided:
+            separate = _separate(weights, undecided.keys())
+            self._joint.update(undecided.keys() - separate)
+            for name in separate:
+                graph = describe(undecided[name])
+                if graph is not None:
+                    self._separate[name] = graph
+        return self._joint & by_name.keys()
 
 
 def lead_back(
@@ -106,36 +115,67 @@ def lead_back(
     return [None if column[0] is None else torch.stack(column) for column in columns]
 
 
-def _are_separate(weights: Sequence[Weight], parameter: Tensor) -> bool:
-    graph = nodes(*[weight.edge.node for weight in weights])
-    if any(isinstance(node, BackwardCFunction) for node in graph):
-        return False  # the user's reverse pass may be anything, and need not be linear
-    if parameter.is_complex():
-        return False
-    reached = torch.zeros(parameter.shape, dtype=torch.int32, device=parameter.device)
-    holds = []
+def _separate(weights: Sequence[Weight], names: Set[str]) -> set[str]:
+    """The names of those parameters that reach at most one entry, of all the weights."""
+    holds: dict[str, list[Tensor]] = {name: [] for name in names}
+    reached: dict[str, Tensor] = {}
     for weight in weights:
-        slope = _back(weight, torch.ones((), device=weight.device), parameter)
-        for v in _probes(weight):
-            once, twice = _back(weight, v, parameter), _back(weight, v * v, parameter)
-            holds.append(_are_equal(once * once, twice * slope))
-        for scale in _scales(weight):
-            holds.append(_are_equal(_back(weight, scale, parameter), scale * slope))
-        reached += slope != 0
-    return bool(torch.stack([*holds, (reached <= 1).all()]).all())
+        own = {name: p for name, p in weight.parameters.items() if name in names}
+        if not own:
+            continue
+        is_own_function = any(isinstance(n, BackwardCFunction) for n in nodes(weight.edge.node))
+        if is_own_function or weight.layout.is_complex():
+            # The user's reverse pass need not be linear; and J of complex numbers is not this J.
+            names = names - own.keys()
+            continue
+        for name, verdicts in _tested(weight, own, reached).items():
+            holds[name] += verdicts
+    kept = [name for name in holds if name in names]
+    if not kept:
+        return set()
+    verdicts = [torch.stack([*holds[name], (reached[name] <= 1).all()]).all() for name in kept]
+    read = torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).tolist()
+    return {name for name, is_separate in zip(kept, read, strict=True) if is_separate}
 
 
-def _are_equal(one: Tensor, other: Tensor) -> Tensor:
-    return ((one == other) & one.isfinite()).all()
+def _tested(
+    weight: Weight, parameters: Mapping[str, Tensor], reached: dict[str, Tensor]
+) -> dict[str, list[Tensor]]:
+    """Whether the identity holds between a weight and its parameters.
+
+    Besides, the gradients have three scales, so that it only holds if the way back is linear. It
+    need not be: the user may have registered a hook that clips gradients.
+
+    Args:
+        weight: The weight.
+        parameters: The parameters by name.
+        reached: By name, how many weights each entry has reached so far; it is counted on.
+    """
+    holds: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    slopes = _back(weight, -torch.ones((), device=weight.device), parameters)
+    for name, slope in slopes.items():
+        reached[name] = reached.get(name, 0) + (slope != 0).int()
+    scale = 2.0 ** _digit_bits(weight) ** 2
+    for v in _probes(weight):
+        once = _back(weight, v / scale, parameters)
+        twice = _back(weight, v * v * scale, parameters)
+        for name, slope in slopes.items():
+            left, right = (once[name] * scale) ** 2, -(twice[name] / scale) * slope
+            holds[name].append(((left == right) & left.isfinite()).all())
+        if weight.device.type == "cpu" and not any(each[-1] for each in holds.values()):
+            break
+    return holds
 
 
-def _back(weight: Weight, gradient: Tensor, parameter: Tensor) -> Tensor:
-    """`J^T g` in at least float32; of a gradient that broadcasts to the weight."""
-    (found,) = lead_back([weight], [gradient.expand(weight.layout.shape)], [parameter])
-    if found is None:
-        return torch.zeros(parameter.shape, device=parameter.device)
-    found = found.to_dense() if found.is_sparse else found
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+def _back(weight: Weight, gradient: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`J^T g` by name, in at least float32; of a gradient that broadcasts to the weight."""
+    found = lead_back([weight], [gradient.expand(weight.layout.shape)], list(parameters.values()))
+    return {
+        name: torch.zeros(p.shape, device=p.device)
+        if g is None
+        else g.to_dense().to(torch.promote_types(g.dtype, torch.float32))
+        for (name, p), g in zip(parameters.items(), found, strict=True)
+    }
 
 
 def _probes(weight: Weight) -> Iterator[Tensor]:
@@ -146,20 +186,10 @@ def _probes(weight: Weight) -> Iterator[Tensor]:
     """
     index = torch.arange(weight.layout.numel(), device=weight.device).view(weight.layout.shape)
     bits = _digit_bits(weight)
-    for shift in range(0, max(1, weight.layout.numel() - 1).bit_length(), bits):
-        yield 1 << (index >> shift & (2**bits - 1))
-
-
-def _scales(weight: Weight) -> list[Tensor]:
-    """Numbers by which a gradient is multiplied, to see that the way back is linear.
-
-    It need not be: the user may have registered a hook that clips gradients.
-    """
-    exponent = 2 ** _digit_bits(weight)
-    found = [-(2.0**exponent), 2.0**-exponent]
-    return [torch.tensor(each, device=weight.device) for each in found]
+    for shift in range(0, max(1, (weight.layout.numel() - 1).bit_length()), bits):
+        yield (1 << (index >> shift & (2**bits - 1))).to(torch.float32)
 
 
 def _digit_bits(weight: Weight) -> int:
-    """Squares of `2 ** (2 ** bits - 1)` are in the range of the dtype."""
-    return 3 if weight.layout.element_size() < 4 else 5
+    """The bits of a digit: `scale * v^2` must be in the range of the dtype."""
+    return 5 if torch.finfo(weight.layout.dtype).max > 1e30 else 2
