@@ -81,13 +81,11 @@ class Runner:
         """What is differentiated, `[K, samples]`."""
         return terms.terms(self.likelihood, self.fisher_type, outputs, rest, samples)
 
-    def record(
-        self, vectorised: Vectorised, batch: Batch, totals: Mapping[str, Tensor]
-    ) -> Recorded:
+    def record(self, vectorised: Vectorised, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded:
         """Run forward on all samples at once; `reverse` must follow."""
         try:
             with self.randomness.stream() as keep:
-                recorded = vectorised.forward(batch, totals)
+                recorded = vectorised.forward(batch, sums)
                 keep()
                 return recorded
         except BaseException:
@@ -107,7 +105,7 @@ class Runner:
     def loop(
         self,
         batch: Batch,
-        totals: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
         names: Set[str],
         *,
         outputs: Outputs | None = None,
@@ -117,7 +115,7 @@ class Runner:
 
         Args:
             batch: The samples.
-            totals: For each parameter, where its squares are added.
+            sums: For each parameter, where its squares are added.
             names: The parameters to differentiate by.
             outputs: In place of the runner's own.
             terms: In place of the runner's own.
@@ -133,7 +131,7 @@ class Runner:
 
         with self.randomness.stream() as keep, without_cudnn():
             reached = run_loop(
-                batch, parameters, totals, of_one, self.restore, hooked=self.hooked & names
+                batch, parameters, sums, of_one, self.restore, hooked=self.hooked & names
             )
             keep()
             return reached

@@ -22,16 +22,16 @@ class Assembly:
     weights of a parameter before squaring.
 
     Args:
-        totals: For each parameter, where its squares are added.
+        sums: For each parameter, where its squares are added.
         structures: Decides which weights are separate.
 
     Attributes:
         is_last: Whether no other reverse pass will follow the present one.
     """
 
-    def __init__(self, totals: Mapping[str, Tensor], structures: Structures) -> None:
+    def __init__(self, sums: Mapping[str, Tensor], structures: Structures) -> None:
         self.is_last = False
-        self._totals = totals
+        self._sums = sums
         self._structures = structures
         self._products = product_context()
         self._separate: set[Weight] = set()
@@ -45,13 +45,14 @@ class Assembly:
         tensors = [*(weight.layout for weight in weights), *_parameters(weights).values()]
         return sum(each.numel() * each.element_size() for each in tensors)
 
-    def begin(self, weights: Sequence[Weight]) -> None:
+    def begin(self, weights: Sequence[Weight], *, is_hooked: bool) -> None:
         """Decide which weights are separate, before the first reverse pass.
 
         Args:
             weights: All effective weights that were used.
+            is_hooked: Whether the model has registered hooks.
         """
-        joint = self._structures.joint(weights)
+        joint = self._structures.joint(weights, is_hooked=is_hooked)
         self._separate = {each for each in weights if joint.isdisjoint(each.parameters)}
         self._groups = _connected([each for each in weights if each not in self._separate], joint)
 
@@ -83,31 +84,35 @@ class Assembly:
             gradients = self._lead_back(weights, parameters)
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
-                add_square(self._totals[name], gradient)
+                add_square(self._sums[name], gradient)
 
     def _lead_back(
         self, weights: list[Weight], parameters: Mapping[str, Tensor]
     ) -> list[Tensor | None]:
         """`J^T sqrt(squares)`, of separate weights: no two of them reach the same entry."""
         roots = [self._squares.pop(weight).sqrt_() for weight in weights]
-        found = lead_back(weights, roots, list(parameters.values()))
-        if all(weight.layout.element_size() >= 4 for weight in weights):
+        wholes = [r.to(_narrowest(w)) for w, r in zip(weights, roots, strict=True)]
+        values = list(parameters.values())
+        found = lead_back(weights, wholes, values)
+        if all(whole.dtype == root.dtype for whole, root in zip(wholes, roots, strict=True)):
             return found
-        # In half precision a square root is led back in two parts, to keep its digits.
-        rests = [r - r.to(w.layout.dtype) for w, r in zip(weights, roots, strict=True)]
-        others = lead_back(weights, rests, list(parameters.values()))
+        # A dtype on the way has fewer digits: the rest follows.
+        rests = [root - whole for whole, root in zip(wholes, roots, strict=True)]
+        others = lead_back(weights, rests, values)
         return [
-            None if one is None or other is None else one.float() + other.float()
-            for one, other in zip(found, others, strict=True)
+            None if one is None or other is None else one.to(self._sums[name].dtype) + other
+            for name, one, other in zip(parameters, found, others, strict=True)
         ]
 
     def _square(self, weight: Weight) -> None:
         """Add the squares of a separate weight, to be led back if it is not a parameter."""
         if weight.is_parameter:
-            weight.take().add_squares(self._totals[weight.name])
+            weight.take().add_squares(self._sums[weight.name])
             return
         if weight not in self._squares:
             wide = torch.promote_types(weight.layout.dtype, torch.float32)
+            for name in weight.parameters:
+                wide = torch.promote_types(wide, self._sums[name].dtype)
             self._squares[weight] = torch.empty_strided(
                 weight.layout.shape, weight.layout.stride(), dtype=wide, device=weight.device
             ).zero_()
@@ -131,7 +136,7 @@ class Assembly:
             stop = min(start + step, samples)
             parts = [gradient.per_sample(start, stop) for gradient in gradients]
             for name, gradient in _summed(weights, parts, parameters).items():
-                Dense(gradient).add_squares(self._totals[name])
+                Dense(gradient).add_squares(self._sums[name])
 
 
 def _summed(
@@ -158,6 +163,12 @@ def _summed(
         for name, led_back in zip(parameters, back, strict=True):
             add(name, led_back)
     return found
+
+
+def _narrowest(weight: Weight) -> torch.dtype:
+    """The dtype with the fewest digits, of a weight and its parameters."""
+    dtypes = [weight.layout.dtype, *(each.dtype for each in weight.parameters.values())]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _parameters(weights: Sequence[Weight]) -> dict[str, Tensor]:

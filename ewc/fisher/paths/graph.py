@@ -94,12 +94,12 @@ def describe(edges: Sequence[GradientEdge]) -> Description | None:
 def keeps_tensors(edges: Sequence[GradientEdge]) -> bool:
     """Whether a node of the graph behind some edges keeps tensors for the reverse pass."""
     graph = nodes(*[edge.node for edge in edges])
-    return any(_names(type(node), "_raw_saved_") for node in graph)
+    return any(_names(node.__class__, "_raw_saved_") for node in graph)
 
 
 def _saved(node: Any) -> Iterator[Any]:
     """What a node of autograd keeps: tensors, numbers, shapes."""
-    for name in _names(type(node), "_saved_"):
+    for name in _names(node.__class__, "_saved_"):
         value = getattr(node, name)
         is_several = isinstance(value, (tuple, list)) and any(
             isinstance(each, Tensor) for each in value

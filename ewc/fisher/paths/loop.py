@@ -16,7 +16,7 @@ from ewc.fisher.paths.graph import nodes
 def run_loop(
     batch: Batch,
     parameters: Mapping[str, nn.Parameter],
-    totals: Mapping[str, Tensor],
+    sums: Mapping[str, Tensor],
     terms: Callable[[Any], Tensor],
     restore: Callable[[], None],
     *,
@@ -27,7 +27,7 @@ def run_loop(
     Args:
         batch: The samples.
         parameters: The parameters to differentiate by, by name.
-        totals: For each, where its squares are added.
+        sums: For each, where its squares are added.
         terms: `terms(raw) -> [K]`, those of one sample, differentiable.
         restore: Called after each sample, so that the next run starts from the same state.
         hooked: The names of parameters whose gradients are squared when they arrive, and not
@@ -45,7 +45,7 @@ def run_loop(
 
     def receive(name: str, gradient: Tensor) -> None:
         reached.add(name)
-        add_square(totals[name], gradient)
+        add_square(sums[name], gradient)
 
     def receive_and_release(name: str, gradient: Tensor) -> Tensor:
         receive(name, gradient)

@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
@@ -45,6 +46,7 @@ class PerSampleMode(TorchFunctionMode):
         level: The nesting level of that `vmap`, to be set before the mode is entered.
         weights: The effective weights that were met.
         reads: Whether the model has read values out of a tensor, to branch on them.
+        is_hooked: Whether the model has registered a hook on a tensor without samples.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], samples: int, assembly: Assembly) -> None:
@@ -52,6 +54,7 @@ class PerSampleMode(TorchFunctionMode):
         self.level = 0
         self.weights = Weights(parameters)
         self.reads = False
+        self.is_hooked = False
         self._samples = samples
         self._assembly = assembly
         self._copies: dict[Weight, Tensor] = {}
@@ -144,6 +147,8 @@ class PerSampleMode(TorchFunctionMode):
             func, args = torch.Tensor.__bool__, ((args[0] == args[1]).any(),)
         if func in branches.READS and _vmap.is_batched(args[0], self.level):
             return self._read(func, *args, **kwargs)
+        if func is torch.Tensor.register_hook and not _vmap.is_batched(args[0]):
+            self.is_hooked = True
         at_level = _vmap.level() == self.level
         if func in _REVERSE and at_level:
             # These gradients would come to the hooks of the rules, which are for the terms alone.
@@ -156,6 +161,10 @@ class PerSampleMode(TorchFunctionMode):
         if not at_level:  # inside a transform of the model's own, which no rule looks into
             return func(*self._with_copies(args), **self._with_copies(kwargs))
         meets = self._meets(args, kwargs)
+        if not meets and func is F.linear and self._is_generator(*args, **kwargs):
+            with _vmap.beneath():
+                input = self.samples(args[0])
+            args, meets = (self._logical(input), *args[1:]), True
         if not meets and func not in ALWAYS:
             return func(*args, **kwargs)
         try:
@@ -190,6 +199,17 @@ class PerSampleMode(TorchFunctionMode):
                     elif not weights and each.requires_grad:
                         weights = self.weights[each] is not None
         return weights and samples
+
+    def _is_generator(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a linear layer makes a weight smaller than its own, as in a hypernetwork.
+
+        To run it once for each sample then costs less than the gradients of its own weight, for
+        each sample, written out.
+        """
+        if len(args) < 2 or _vmap.is_wrapped(args[0]) or not self.is_protected(args[1]):
+            return False
+        input, weight = args[:2]
+        return weight.dim() == 2 and int(input.numel()) < int(weight.shape[1]) ** 2
 
     def _logical(self, outputs: Any) -> Any:
         """What a rule returned, as the model sees it."""

@@ -42,11 +42,12 @@ class Structures:
         self._joint: set[str] = set()
         self._separate: dict[str, Description] = {}
 
-    def joint(self, weights: Sequence[Weight]) -> set[str]:
+    def joint(self, weights: Sequence[Weight], *, is_hooked: bool) -> set[str]:
         """The names of the parameters whose gradients must be summed before squaring.
 
         Args:
             weights: All effective weights that were used.
+            is_hooked: Whether the model has registered hooks, which may change gradients.
         """
         by_name: dict[str, list[Weight]] = {}
         for weight in weights:
@@ -59,7 +60,8 @@ class Structures:
             edges = [weight.edge for weight in made if not weight.is_parameter]
             if name in self._joint:
                 continue
-            if len(edges) < len(made) or (self.in_lockstep and keeps_tensors(edges)):
+            needs_values = self.in_lockstep and keeps_tensors(edges)
+            if len(edges) < len(made) or is_hooked or needs_values:
                 self._joint.add(name)
                 continue
             known = self._separate.get(name)
@@ -152,16 +154,17 @@ def _tested(
         reached: By name, how many weights each entry has reached so far; it is counted on.
     """
     holds: dict[str, list[Tensor]] = {name: [] for name in parameters}
-    slopes = _back(weight, -torch.ones((), device=weight.device), parameters)
+    _, scale = _ranges(weight)
+    negative = _back(weight, -torch.ones((), device=weight.device), parameters)
+    slopes = {name: slope / -scale for name, slope in negative.items()}
     for name, slope in slopes.items():
         reached[name] = reached.get(name, 0) + (slope != 0).int()
-    scale = 2.0 ** _digit_bits(weight) ** 2
     for v in _probes(weight):
         once = _back(weight, v / scale, parameters)
         twice = _back(weight, v * v * scale, parameters)
         for name, slope in slopes.items():
-            left, right = (once[name] * scale) ** 2, -(twice[name] / scale) * slope
-            holds[name].append(((left == right) & left.isfinite()).all())
+            # Not finite, the difference is not zero.
+            holds[name].append(~((once[name] * scale) ** 2 - twice[name] * slope).any())
         if weight.device.type == "cpu" and not any(each[-1] for each in holds.values()):
             break
     return holds
@@ -181,15 +184,20 @@ def _back(weight: Weight, gradient: Tensor, parameters: Mapping[str, Tensor]) ->
 def _probes(weight: Weight) -> Iterator[Tensor]:
     """The vectors `v`: powers of two, so that any two entries differ in one vector at least.
 
-    The exponents are the digits of an entry's index. Scaling by powers of two commutes with
+    The exponents are the digits of an entry's index; in the last vector they count down, so that
+    the differences of three entries do not cancel in all. Scaling by powers of two commutes with
     rounding: both sides of the identity are equal to the last bit, in half precision too.
     """
-    index = torch.arange(weight.layout.numel(), device=weight.device).view(weight.layout.shape)
-    bits = _digit_bits(weight)
-    for shift in range(0, max(1, (weight.layout.numel() - 1).bit_length()), bits):
-        yield (1 << (index >> shift & (2**bits - 1))).to(torch.float32)
+    index = torch.arange(weight.layout.numel(), device=weight.device, dtype=torch.int32)
+    index = index.view(weight.layout.shape)
+    bits, _ = _ranges(weight)
+    bias = 127 - 2 ** (bits - 1)  # a float32 whose digits are zero is 2^(its higher bits - 127)
+    for shift in range(0, weight.layout.numel().bit_length(), bits):
+        yield ((index >> shift & (2**bits - 1)) + bias << 23).view(torch.float32)
+    yield ((~index & (2**bits - 1)) + bias << 23).view(torch.float32)
 
 
-def _digit_bits(weight: Weight) -> int:
-    """The bits of a digit: `scale * v^2` must be in the range of the dtype."""
-    return 5 if torch.finfo(weight.layout.dtype).max > 1e30 else 2
+def _ranges(weight: Weight) -> tuple[int, float]:
+    """The bits of a digit, and a scale: `v^2` times or by the scale is in the dtype's range."""
+    is_wide = torch.finfo(weight.layout.dtype).max > 1e30
+    return (6, 2.0**30) if is_wide else (2, 2.0**6)

@@ -114,15 +114,15 @@ class Vectorised:
         """How many samples of a batch go at once, so that the chunks are equal in size."""
         return math.ceil(batch.size / math.ceil(batch.size / self.capacity(batch)))
 
-    def forward(self, batch: Batch, totals: Mapping[str, Tensor]) -> Recorded:
+    def forward(self, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded:
         """Run the model on all samples.
 
         Args:
             batch: The samples; it must be vectorisable.
-            totals: For each parameter, where the reverse pass adds its squares.
+            sums: For each parameter, where the reverse pass adds its squares.
         """
         protected = {name: p for name, p in self._parameters.items() if name not in self.fallback}
-        assembly = Assembly(totals, self._structures)
+        assembly = Assembly(sums, self._structures)
         mode = PerSampleMode(protected, batch.size, assembly)
         terms = self._run(batch, mode)
         found = tuple(leaves(terms.grad_fn))
@@ -138,7 +138,7 @@ class Vectorised:
                 if copied or name not in self.methods:
                     self.methods[name] = "vmap" if copied else "rule"
         self._expansion = mode.kept_bytes / max(1, batch.nbytes)
-        assembly.begin(weights)
+        assembly.begin(weights, is_hooked=mode.is_hooked)
         self._written_bytes = mode.copied_bytes
         if self._structures.in_lockstep:
             self._written_bytes += assembly.joint_bytes
