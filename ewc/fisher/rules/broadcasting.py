@@ -31,7 +31,8 @@ def _pointwise(
     if not all(isinstance(operand, Tensor) for operand in operands):
         raise NotCovered
     dims = max(operand.dim() for operand in operands)
-    if len({operand.dtype for operand in operands}) > 1 and any(
+    dtypes = {operand.dtype for operand in operands} - {torch.bool}
+    if len(dtypes) > 1 and any(
         operand.dim() == 0 and not op.is_protected(operand) for operand in operands
     ):
         raise NotCovered  # a number's type gives way to a tensor's; with the samples it is a tensor
@@ -100,9 +101,17 @@ def divide(op: Operation, input: Any, other: Any, *, rounding_mode: str | None =
     )
 
 
+def _as_tensor(operand: Any, like: Any) -> Any:
+    """A real number as a tensor of the dtype of the other operand, which it does not widen."""
+    if isinstance(operand, (int, float)) and isinstance(like, Tensor) and like.is_floating_point():
+        return torch.full([1] * like.dim(), operand, dtype=like.dtype, device=like.device)
+    return operand
+
+
 @rule(torch.where)
 def where(op: Operation, condition: Tensor, input: Any, other: Any) -> Tensor:
     """`a` or `b`, such as a token for what is masked: `grad a = g` where the condition holds."""
+    input, other = _as_tensor(input, other), _as_tensor(other, input)
     return _pointwise(
         op,
         torch.where,

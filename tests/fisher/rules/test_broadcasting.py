@@ -49,6 +49,7 @@ OPERATORS: dict[str, Function] = {
     "multiply": lambda x, p: torch.multiply(p, x),
     "true_divide": lambda x, p: torch.true_divide(x, away(p)),
     "where": lambda x, p: torch.where(x > 0, x, p) + torch.where(x > 1, p, x),
+    "where a number is": lambda x, p: torch.where(x > 0, p, -1e4) + x.sin(),
     "addcmul": lambda x, p: torch.addcmul(x, x.sin(), p, value=2),
     "addcmul, turned": lambda x, p: torch.addcmul(p, x.sin(), x),
     "lerp": lambda x, p: torch.lerp(x, x.sin(), p),
