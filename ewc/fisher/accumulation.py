@@ -51,7 +51,7 @@ class Accumulator:
     @property
     def paths(self) -> dict[str, Method]:
         """The method that each parameter took: of several, the slowest."""
-        paths = {name: self._used.get(name, "unused") for name in self.sums}
+        paths: dict[str, Method] = {name: self._used.get(name, "unused") for name in self.sums}
         paths.update(dict.fromkeys(self.reasons, "loop"))
         return paths
 

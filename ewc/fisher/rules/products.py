@@ -14,6 +14,7 @@ output (columns).
 import math
 from collections.abc import Sequence
 from string import ascii_letters
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def inner(input: Tensor, other: Tensor) -> Tensor:
     """Over the last dimension of both."""
     if input.dim() == 0 or other.dim() == 0:
         raise NotCovered
-    pairs = ([input.dim() - 1], [other.dim() - 1])
+    pairs: Any = ([input.dim() - 1], [other.dim() - 1])  # torch does not annotate it
     product: Tensor = torch.tensordot(input, other, pairs)
     return product
 
