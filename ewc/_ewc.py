@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ewc._checks import number
+from ewc._consolidation import Estimate, Settings, Task, check_forward, check_likelihood
 from ewc._options import FisherType, Reduction
 from ewc._summary import Summary
-from ewc._task import Estimate, Settings, Task, check_forward, check_likelihood
 from ewc.data.calling import Forward
 from ewc.likelihoods import Likelihood
 from ewc.model.names import find, named_parameters, unwrap
@@ -24,9 +24,9 @@ from ewc.model.selection import check_released, collectable, select, trainable
 from ewc.processes.groups import ranks_of, wrapper_group
 from ewc.processes.layout import has_sharded_parameters
 from ewc.processes.ranks import SINGLE_PROCESS, Ranks
-from ewc.quadratic.accumulation import Accumulation
 from ewc.quadratic.binding import Binding, traced_penalty
 from ewc.quadratic.checkpoint import dump, restore
+from ewc.quadratic.merging import Merging
 from ewc.quadratic.penalty import result_dtype
 from ewc.quadratic.quadratic import Quadratic
 from ewc.quadratic.state import State, check_finite, check_fit
@@ -111,7 +111,7 @@ class EWC:
         self._chosen = None if parameters is None else select(model, parameters)
         self._state = State()
         self._binding: Binding | None = None
-        self._accumulation = Accumulation()
+        self._merging = Merging()
         collectable(self._model, self._chosen)
 
     @property
@@ -154,12 +154,12 @@ class EWC:
         if not self._state.quadratics:
             return self._zero()
         if torch.compiler.is_compiling():
-            precision = self._accumulation.precision
+            precision = self._merging.precision
             return traced_penalty(self._model, self._state, precision, self._strength)
         if self._binding is None or not self._binding.is_current(self._state):
             self._check_fit()
             with torch.inference_mode(False), torch.no_grad():
-                self._binding = Binding(self._model, self._state, self._accumulation.precision)
+                self._binding = Binding(self._model, self._state, self._merging.precision)
             self._state = self._binding.state
         return self._binding.penalty(self._strength)
 
@@ -327,7 +327,7 @@ class EWC:
             "kind": self._kind,
             "fisher_type": self._settings.fisher_type,
             "reduction": self._settings.reduction,
-            **self._accumulation.configuration(),
+            **self._merging.configuration(),
         }
 
     def _agreed_parameters(self, task: Task, ranks: Ranks) -> dict[str, nn.Parameter]:
@@ -353,7 +353,7 @@ class EWC:
         """The state after one more task, bound to the model; and the summary."""
         old = self._state
         with torch.inference_mode(False), torch.no_grad():
-            quadratics = self._accumulation.next_quadratics(
+            quadratics = self._merging.next_quadratics(
                 self._model, old.quadratics, parameters, estimate.fisher
             )
             check_finite(quadratics, self._settings.reduction)
@@ -363,7 +363,7 @@ class EWC:
                 old.warned.union(estimate.zero),
                 old.warned_slow or estimate.squares.slow,
             )
-            binding = Binding(self._model, state, self._accumulation.precision)
+            binding = Binding(self._model, state, self._merging.precision)
             return binding, estimate.summary(state.n_tasks, binding.precisions)
 
     def _check_fit(self) -> None:

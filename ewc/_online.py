@@ -20,7 +20,7 @@ from ewc.errors import NothingProtectedWarning
 from ewc.likelihoods import Likelihood
 from ewc.model.names import find, named_parameters, nearest
 from ewc.processes.layout import with_layout_of
-from ewc.quadratic.accumulation import Accumulation
+from ewc.quadratic.merging import Merging
 from ewc.quadratic.quadratic import Quadratic
 
 if TYPE_CHECKING:
@@ -111,10 +111,10 @@ class OnlineEWC(EWC):
                 NothingProtectedWarning,
                 stacklevel=2,
             )
-        self._accumulation = DecayedAccumulation(decay, prior)
+        self._merging = DecayedMerging(decay, prior)
 
 
-class DecayedAccumulation(Accumulation):
+class DecayedMerging(Merging):
     """The decayed sum of Fishers around the latest anchor, and a prior.
 
     Args:

@@ -234,12 +234,12 @@ def test_row_17_a_stop_iteration_ends_no_loop_of_ours(kind, place):
 @pytest.mark.parametrize(
     "step",
     [
-        "_task.collect",
-        "quadratic.accumulation.snapshot",
-        "quadratic.accumulation.in_order",
+        "_consolidation.collect",
+        "quadratic.merging.snapshot",
+        "quadratic.merging.in_order",
         "_ewc.State",
         "_ewc.Binding",
-        "_task.measure",
+        "_consolidation.measure",
     ],
 )
 def test_row_17a_an_error_while_committing(kind, monkeypatch, error, step):

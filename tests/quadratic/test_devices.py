@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ewc.fisher.comparison import differing, largest
 from ewc.quadratic import kernels
-from ewc.quadratic.accumulation import Accumulation
+from ewc.quadratic.merging import Merging
 from ewc.quadratic.penalty import Penalty
 from tests.support import device
 
@@ -80,7 +80,7 @@ def merge(where: str) -> tuple[float, list[device.Event]]:
         quadratics = {}
         for task in range(3):
             fisher = {name: torch.ones_like(each) for name, each in parameters.items()}
-            quadratics = Accumulation().next_quadratics(model, quadratics, parameters, fisher)
+            quadratics = Merging().next_quadratics(model, quadratics, parameters, fisher)
             with torch.no_grad():
                 for each in parameters.values():
                     each.add_(task + 1)

@@ -1,4 +1,4 @@
-"""How the quadratics of successive tasks become one."""
+"""How the quadratics of successive tasks are merged into one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from ewc.model.names import in_order
 from ewc.quadratic.quadratic import Quadratic, raised, snapshot
 
 
-class Accumulation:
-    """The sum over tasks, each around its own anchor: that of `EWC`. `OnlineEWC` has another."""
+class Merging:
+    """A sum over tasks, each around its own anchor: that of `EWC`. `OnlineEWC` has another."""
 
     def configuration(self) -> dict[str, Any]:
         """The options that give the numbers in a state their meaning, by the user's names."""
