@@ -12,8 +12,9 @@ what the three types are; Martens, *New insights and perspectives on the natural
 
 from ewc.likelihoods.classification import Classification
 from ewc.likelihoods.custom import Custom
+from ewc.likelihoods.faults import Fault
 from ewc.likelihoods.likelihood import Likelihood
-from ewc.likelihoods.pointwise import Fault, Pointwise, Targets
+from ewc.likelihoods.pointwise import Pointwise, Targets
 from ewc.likelihoods.regression import Regression
 from ewc.likelihoods.time_series import TimeSeries
 

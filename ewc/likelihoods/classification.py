@@ -13,8 +13,9 @@ from ewc._checks import function, integer
 from ewc._vmap import peek
 from ewc.data.structures import describe
 from ewc.errors import InvalidBatch
+from ewc.likelihoods.faults import Fault, match_dims
 from ewc.likelihoods.heads import abridged, head_of, output_indices, real_tensor
-from ewc.likelihoods.pointwise import Fault, Pointwise, Targets, TargetTransform, match_dims
+from ewc.likelihoods.pointwise import Pointwise, Targets, TargetTransform
 
 
 class Classification(Pointwise, takes_batches=True):

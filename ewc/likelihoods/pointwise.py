@@ -15,26 +15,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from ewc._options import FisherType
-from ewc._vmap import peek
 from ewc.data.structures import describe
 from ewc.errors import InvalidBatch
+from ewc.likelihoods.faults import Fault, any_true, match_dims, weights_fault
 from ewc.likelihoods.heads import head_of, real_tensor
 from ewc.likelihoods.likelihood import Likelihood, redefines
 
 TargetTransform: TypeAlias = Callable[[Any], Tensor]
-
-
-class Fault(NamedTuple):
-    """A rule that values of a batch may break.
-
-    Attributes:
-        where: True where a position breaks it, `[n, *positions]`. It is not read from the device
-            before all faults of the batch are.
-        message: What must be so, and what was found; or a function that says it given `where`.
-    """
-
-    where: Tensor
-    message: str | Callable[[Tensor], str]
 
 
 class Targets(NamedTuple):
@@ -263,18 +250,16 @@ class Pointwise(Likelihood):
         mask: Tensor | None = None
         faults: list[Fault] = []
         if weights is not None:
-            faults.append(_weights_fault(weights))
+            faults.append(weights_fault(weights))
             mask = weights > 0
         if targets is not None:
             targets, mask, found = self.read_targets(head, targets, mask)
-            faults.extend(_within(mask, fault) for fault in found)
+            faults.extend(fault.within(mask) for fault in found)
         conditions = [fault.where for fault in faults]
-        answers = _any_true(conditions if mask is None else [*conditions, ~mask])
+        answers = any_true(conditions if mask is None else [*conditions, ~mask])
         for fault, broken in zip(faults, answers, strict=False):
             if broken:
-                text = fault.message
-                text = text if isinstance(text, str) else text(fault.where)
-                raise InvalidBatch(f"{type(self).__name__}: {text}")
+                raise InvalidBatch(f"{type(self).__name__}: {fault.text()}")
         if weights is not None:
             weights = None if weights.dtype == torch.bool else weights.to(head.dtype)
         if mask is not None and answers[-1]:
@@ -287,43 +272,11 @@ class Pointwise(Likelihood):
         return _Observed(head, targets, weights)
 
 
-def match_dims(values: Tensor, like: Tensor) -> Tensor:
-    """`[n, *positions]` as `[n, 1, ..., *positions]`, with as many dimensions as `like`."""
-    ones = (1,) * (like.dim() - values.dim())
-    return values.reshape(*values.shape[:1], *ones, *values.shape[1:])
-
-
-def _within(mask: Tensor | None, fault: Fault) -> Fault:
-    """The fault at positions that count."""
-    if mask is None:
-        return fault
-    return fault._replace(where=fault.where & match_dims(mask, fault.where))
-
-
 def _weighted_sum(nll: Tensor, weights: Tensor | None) -> Tensor:
     """The weighted sum of `[n, *positions]` over positions, `[n]`."""
     if weights is not None:
         nll = nll * match_dims(weights, nll)
     return nll.flatten(1).sum(1) if nll.dim() > 1 else nll
-
-
-def _any_true(conditions: list[Tensor]) -> list[bool]:
-    """Whether each condition is true anywhere in the batch; one synchronisation, also in vmap."""
-    if not conditions:
-        return []
-    answers: list[bool] = torch.stack([peek(where).any() for where in conditions]).tolist()
-    return answers
-
-
-def _weights_fault(weights: Tensor) -> Fault:
-    if weights.is_complex():
-        raise InvalidBatch(
-            f"a mask must be boolean or real weights; found {describe(weights)}. Fix: the mask."
-        )
-    return Fault(
-        ~(weights >= 0) | weights.isinf(),
-        "weights in a mask must be finite and >= 0; found others. Fix: the mask.",
-    )
 
 
 def _undefined(likelihood: Likelihood, method: str, fisher_type: str) -> str:
