@@ -1,7 +1,7 @@
-"""One task to consolidate: its data and options, and the Fisher estimate computed from them.
+"""The parts of a consolidation, in the order of use.
 
-The functions and classes are in the order of use: arguments are checked, a `Task` is made of them,
-and it gives an `Estimate`.
+Arguments are checked, a `Task` is made of them, it gives an `Estimate` of its Fisher, and that is
+merged into the state. `EWC.consolidate` calls them in turn.
 """
 
 import warnings
@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from ewc._checks import choice, positive_int
 from ewc._options import FisherType, Reduction
 from ewc._summary import Summary, measure
-from ewc.data.calling import Forward
+from ewc.data.calling import Forward, check_forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning
 from ewc.fisher import Squares, collect
 from ewc.likelihoods import Likelihood
+from ewc.likelihoods.likelihood import check_likelihood
 from ewc.processes.layout import local
 from ewc.processes.ranks import Ranks
-from ewc.quadratic.state import State
-
-_REQUIRED_METHODS = {
-    "exact": "exact_terms(outputs, *rest) -> [K, N]",
-    "mc": "sample(outputs) -> targets",
-}
+from ewc.quadratic.binding import Binding
+from ewc.quadratic.merging import Merging
+from ewc.quadratic.state import State, check_finite
 
 
 @dataclass(frozen=True)
@@ -57,39 +55,6 @@ class Settings:
             choice("fisher_type", fisher_type, get_args(FisherType)),
             choice("reduction", reduction, get_args(Reduction)),
             None if max_samples is None else positive_int("max_samples", max_samples),
-        )
-
-
-def check_likelihood(likelihood: Likelihood, fisher_type: FisherType) -> None:
-    """Refuse what is no likelihood, or does not support `fisher_type`.
-
-    Raises:
-        TypeError: It is not a `Likelihood`.
-        ValueError: It does not define the method that `fisher_type` needs.
-    """
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            f"likelihood must be a Likelihood, such as Classification(); found {likelihood!r}. "
-            "Fix: for a function, use Custom(nll)."
-        )
-    if not likelihood.supports(fisher_type):
-        raise ValueError(
-            f"{type(likelihood).__name__} must define {_REQUIRED_METHODS[fisher_type]} for "
-            f"fisher_type={fisher_type!r}; found no definition. Fix: define it, or choose "
-            'fisher_type="empirical".'
-        )
-
-
-def check_forward(forward: Forward | None) -> None:
-    """Refuse a `forward` that cannot be called.
-
-    Raises:
-        TypeError: It is neither None nor a function.
-    """
-    if forward is not None and not callable(forward):
-        raise TypeError(
-            "forward must be a function forward(model, batch) -> outputs; found "
-            f"{type(forward).__name__}."
         )
 
 
@@ -144,6 +109,30 @@ class Task:
             )
         return cls(batches, likelihood, forward, dataset_size, generator)
 
+    def agree(
+        self,
+        ranks: Ranks,
+        parameters: Mapping[str, nn.Parameter],
+        settings: Settings,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Check that all processes collect the same parameters, with the same options.
+
+        Args:
+            ranks: The processes.
+            parameters: The parameters to collect.
+            settings: The options of this and all other tasks.
+            options: Further ones by name; those that are dicts are not compared.
+        """
+        ranks.agree(
+            {
+                **{f"the shape of {name!r}": tuple(p.shape) for name, p in parameters.items()},
+                **{key: one for key, one in options.items() if not isinstance(one, dict)},
+                "max_samples": settings.max_samples,
+                "dataset_size": self.dataset_size,
+            }
+        )
+
     def estimate(
         self,
         model: nn.Module,
@@ -174,7 +163,7 @@ class Task:
                 name: each.div_(squares.samples / weight).contiguous()
                 for name, each in squares.sums.items()
             }
-            return Estimate(fisher, _zero_names(fisher, ranks), squares)
+            return Estimate(fisher, _zero_names(fisher, ranks), squares, settings.reduction)
 
     def _n_samples(self, squares: Squares, ranks: Ranks) -> int:
         """The number of samples of the task, of which a pass may have seen only some."""
@@ -203,11 +192,51 @@ class Estimate:
         fisher: The diagonal Fisher by name, of the parameters' shapes, in at least float32.
         zero: The names of the parameters whose Fisher is zero in every entry, on every process.
         squares: How the engine computed it.
+        reduction: Whether it is the mean or the sum over samples.
     """
 
     fisher: dict[str, Tensor]
     zero: list[str]
     squares: Squares
+    reduction: Reduction
+
+    def merged_into(
+        self,
+        state: State,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        merging: Merging,
+    ) -> tuple[Binding, Summary]:
+        """The state after this task, bound to the model, and the summary of the consolidation.
+
+        Args:
+            state: The state before.
+            model: The unwrapped model.
+            parameters: The parameters that were collected; their values are the anchor.
+            merging: How tasks are merged.
+
+        Raises:
+            ValueError: No finite penalty would follow.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            quadratics = merging.next_quadratics(model, state.quadratics, parameters, self.fisher)
+            check_finite(quadratics, self.reduction)
+            after = State(
+                quadratics,
+                state.n_tasks + 1,
+                state.warned.union(self.zero),
+                state.warned_slow or self.squares.slow,
+            )
+            binding = Binding(model, after, merging.precision)
+            # A collective, if parameters are sharded.
+            summary = Summary(
+                n_tasks=after.n_tasks,
+                samples=self.squares.samples,
+                parameters=measure(binding.precisions),
+                paths=dict(self.squares.paths),
+                reasons=dict(self.squares.reasons),
+            )
+        return binding, summary
 
     def warn(self, state: State) -> None:
         """Issue the warnings that `state` has not recorded yet, for the caller of `consolidate`.
@@ -221,22 +250,6 @@ class Estimate:
                 warnings.warn(self._zero_message(name), ZeroFisherWarning, stacklevel=3)
         if self.squares.slow and not state.warned_slow:
             warnings.warn(self._slow_message(), SlowPathWarning, stacklevel=3)
-
-    def summary(self, n_tasks: int, precisions: Mapping[str, Tensor]) -> Summary:
-        """The summary of the consolidation.
-
-        Args:
-            n_tasks: The number of tasks, this one included.
-            precisions: The curvature of the penalty after it, by name. A collective, if some are
-                sharded.
-        """
-        return Summary(
-            n_tasks=n_tasks,
-            samples=self.squares.samples,
-            parameters=measure(precisions),
-            paths=dict(self.squares.paths),
-            reasons=dict(self.squares.reasons),
-        )
 
     def _zero_message(self, name: str) -> str:
         reason = (

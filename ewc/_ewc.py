@@ -1,11 +1,10 @@
 """`EWC`, the object that users hold: it connects Fisher estimate, state and penalty.
 
-The Fisher is computed in `ewc.fisher` and accumulated in `ewc.quadratic`. A consolidation commits a
-new state, or nothing; all other methods read the state.
+The Fisher is computed in `ewc.fisher`, and merged with that of earlier tasks in `ewc.quadratic`.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from ewc._checks import number
-from ewc._consolidation import Estimate, Settings, Task, check_forward, check_likelihood
+from ewc._consolidation import Settings, Task
 from ewc._options import FisherType, Reduction
 from ewc._summary import Summary
-from ewc.data.calling import Forward
+from ewc.data.calling import Forward, check_forward
 from ewc.likelihoods import Likelihood
-from ewc.model.names import find, named_parameters, unwrap
+from ewc.likelihoods.likelihood import check_likelihood
+from ewc.model.names import named_parameters, unwrap
 from ewc.model.randomness import Randomness
-from ewc.model.selection import check_released, collectable, select, trainable
+from ewc.model.selection import check_released, collectable, select, trainable, without
 from ewc.processes.groups import ranks_of, wrapper_group
 from ewc.processes.layout import has_sharded_parameters
-from ewc.processes.ranks import SINGLE_PROCESS, Ranks
+from ewc.processes.ranks import SINGLE_PROCESS
 from ewc.quadratic.binding import Binding, traced_penalty
 from ewc.quadratic.checkpoint import dump, restore
 from ewc.quadratic.merging import Merging
-from ewc.quadratic.penalty import result_dtype
-from ewc.quadratic.quadratic import Quadratic
-from ewc.quadratic.state import State, check_finite, check_fit
+from ewc.quadratic.penalty import zero
+from ewc.quadratic.state import State, check_fit
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -59,13 +58,11 @@ class EWC:
             on the inputs. It may get any part of a batch, also inside `torch.func.vmap`.
         fisher_type: `"empirical"` (the targets in the data), `"exact"` (the expectation over the
             model's predictive distribution) or `"mc"` (one draw from it per sample).
-        reduction: `"mean"`: the Fisher is averaged over samples. `"sum"`: it is the sum over all
-            samples of the task, `N` times that.
+        reduction: `"mean"`: the Fisher is averaged over samples. `"sum"`: it is `N` times that.
         max_samples: The most samples per consolidation, over all processes together.
-        process_group: The group over which batches are sharded. `None`: the group of the
-            `DistributedDataParallel` wrapper, or the mesh of `fully_shard`, else the world, if it
-            is initialised. With a group of one rank, a process runs over all the data itself.
-            Shared by `copy.deepcopy`, dropped by pickle.
+        process_group: The group over which batches are sharded. `None`: that of the
+            `DistributedDataParallel` wrapper or of `fully_shard`, else the world. With a group of
+            one rank, a process runs over all the data. Shared by `deepcopy`, dropped by pickle.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -131,12 +128,12 @@ class EWC:
     @property
     def fisher(self) -> dict[str, Tensor]:
         """The Fisher of all tasks together, by canonical name; copies, in at least float32."""
-        return self._copies(lambda quadratic: quadratic.fisher)
+        return {name: q.fisher.clone() for name, q in self._state.quadratics_like(self._model)}
 
     @property
     def anchor(self) -> dict[str, Tensor]:
         """The minimiser of the penalty, by canonical name; copies, in at least float32."""
-        return self._copies(lambda quadratic: quadratic.anchor)
+        return {name: q.anchor.clone() for name, q in self._state.quadratics_like(self._model)}
 
     def __call__(self) -> Tensor:
         """The penalty.
@@ -144,18 +141,16 @@ class EWC:
         Returns:
             A differentiable scalar on the (first) protected parameter's device, in at least
             float32; 0 before the first consolidation. Nothing is synchronised, and autocast is
-            off inside. If parameters are sharded, it is the same number on every process, and all
-            of them must call this.
+            off inside. If parameters are sharded, all processes must call this.
 
         Raises:
             ValueError: A protected parameter is gone or has changed its shape, other than by
                 growing along dimension 0.
         """
         if not self._state.quadratics:
-            return self._zero()
+            return zero([*self._trainable().values()] or [*self._model.parameters()])
         if torch.compiler.is_compiling():
-            precision = self._merging.precision
-            return traced_penalty(self._model, self._state, precision, self._strength)
+            return traced_penalty(self._model, self._state, self._merging.precision, self._strength)
         if self._binding is None or not self._binding.is_current(self._state):
             self._check_fit()
             with torch.inference_mode(False), torch.no_grad():
@@ -177,9 +172,8 @@ class EWC:
         One pass over the batches estimates the Fisher; then Fisher and anchor are committed. On
         any error, this object and the model are as before. Two calls count as two tasks.
 
-        In distributed training each process runs over its own share of the data, and all of them
-        must call this. The result is that of one process with all samples, and an error on one
-        process is an error on all.
+        In distributed training all processes must call this, each with its own share of the data.
+        The result is that of one process with all samples.
 
         Args:
             batches: Any iterable of batches of the task. A list, a tuple or a `DataLoader` is read
@@ -214,11 +208,16 @@ class EWC:
                 generator,
                 fisher_type=self._settings.fisher_type,
             )
-            parameters = self._agreed_parameters(task, ranks)
+            self._check_fit()
+            parameters = collectable(self._model, self._chosen)
+            options = {**self._configuration(), "strength": self._strength, "n_tasks": self.n_tasks}
+            task.agree(ranks, parameters, self._settings, options)
             randomness = Randomness(parameter.device for parameter in parameters.values())
             with randomness.unchanged_on_failure(generator):
                 estimate = task.estimate(self._model, parameters, self._settings, ranks)
-                binding, summary = self._consolidated(parameters, estimate)
+                binding, summary = estimate.merged_into(
+                    self._state, self._model, parameters, self._merging
+                )
                 estimate.warn(self._state)
                 ranks.barrier("the end")
         self._state, self._binding = binding.state, binding
@@ -239,11 +238,7 @@ class EWC:
         chosen = self._chosen or ()
         check_released(names, [*self._state.quadratics, *chosen, *named_parameters(self._model)])
         kept = {name: q for name, q in self._state.quadratics.items() if name not in names}
-        if self._chosen is not None:
-            # A released name that is gone from the model can never be collected again.
-            self._chosen = tuple(
-                name for name in chosen if name not in names or find(self._model, name) is not None
-            )
+        self._chosen = without(self._model, self._chosen, names)
         self._state = replace(self._state, quadratics=kept)
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
@@ -279,8 +274,7 @@ class EWC:
 
         Raises:
             TypeError: `state` is not a dict.
-            ValueError: It is of another version, class, configuration or model; all problems are
-                listed.
+            ValueError: It does not fit this object or its model; all problems are listed.
 
         Warns:
             UserWarning: Once, if the model has parts that the state does not cover. They are free
@@ -298,9 +292,8 @@ class EWC:
                 ranks=ranks,
             )
             ranks.barrier("the end")
-        self._state = replace(
-            restored, warned=self._state.warned, warned_slow=self._state.warned_slow
-        )
+        old = self._state
+        self._state = replace(restored, warned=old.warned, warned_slow=old.warned_slow)
 
     def __repr__(self) -> str:
         return (
@@ -330,57 +323,8 @@ class EWC:
             **self._merging.configuration(),
         }
 
-    def _agreed_parameters(self, task: Task, ranks: Ranks) -> dict[str, nn.Parameter]:
-        """The parameters to collect, once all processes agree on them and on the options."""
-        self._check_fit()
-        parameters = collectable(self._model, self._chosen)
-        configuration = self._configuration()
-        ranks.agree(
-            {
-                **{f"the shape of {name!r}": tuple(p.shape) for name, p in parameters.items()},
-                **{key: one for key, one in configuration.items() if not isinstance(one, dict)},
-                "strength": self._strength,
-                "max_samples": self._settings.max_samples,
-                "dataset_size": task.dataset_size,
-                "n_tasks": self.n_tasks,
-            }
-        )
-        return parameters
-
-    def _consolidated(
-        self, parameters: Mapping[str, nn.Parameter], estimate: Estimate
-    ) -> tuple[Binding, Summary]:
-        """The state after one more task, bound to the model; and the summary."""
-        old = self._state
-        with torch.inference_mode(False), torch.no_grad():
-            quadratics = self._merging.next_quadratics(
-                self._model, old.quadratics, parameters, estimate.fisher
-            )
-            check_finite(quadratics, self._settings.reduction)
-            state = State(
-                quadratics,
-                old.n_tasks + 1,
-                old.warned.union(estimate.zero),
-                old.warned_slow or estimate.squares.slow,
-            )
-            binding = Binding(self._model, state, self._merging.precision)
-            return binding, estimate.summary(state.n_tasks, binding.precisions)
-
     def _check_fit(self) -> None:
         check_fit(self._model, self._state, self._chosen or ())
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return trainable(self._model, self._chosen)
-
-    def _zero(self) -> Tensor:
-        parameters = list(self._trainable().values()) or list(self._model.parameters())
-        return torch.zeros((), dtype=result_dtype(parameters), device=parameters[0].device)
-
-    def _copies(self, of: Callable[[Quadratic], Tensor]) -> dict[str, Tensor]:
-        copies = {}
-        for name, quadratic in self._state.quadratics.items():
-            parameter = find(self._model, name)
-            if parameter is not None and not parameter.is_meta:
-                quadratic = quadratic.like(parameter)
-            copies[name] = of(quadratic).clone()
-        return copies

@@ -98,3 +98,16 @@ def _accepts(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, 
     except TypeError:
         return False
     return True
+
+
+def check_forward(forward: Forward | None) -> None:
+    """Refuse a `forward` that cannot be called.
+
+    Raises:
+        TypeError: It is neither None nor a function.
+    """
+    if forward is not None and not callable(forward):
+        raise TypeError(
+            "forward must be a function forward(model, batch) -> outputs; found "
+            f"{type(forward).__name__}."
+        )

@@ -8,6 +8,11 @@ from torch import Tensor
 
 from ewc._options import FisherType
 
+_REQUIRED_METHODS = {
+    "exact": "exact_terms(outputs, *rest) -> [K, N]",
+    "mc": "sample(outputs) -> targets",
+}
+
 
 class Likelihood(ABC):
     """The base class of likelihoods; one obligation: `nll`.
@@ -124,3 +129,23 @@ class Likelihood(ABC):
 def redefines(likelihood: Likelihood, base: type, *methods: str) -> bool:
     """Whether the class of a likelihood has another definition of any of these methods."""
     return any(getattr(type(likelihood), name) is not getattr(base, name) for name in methods)
+
+
+def check_likelihood(likelihood: Likelihood, fisher_type: FisherType) -> None:
+    """Refuse what is no likelihood, or does not support `fisher_type`.
+
+    Raises:
+        TypeError: It is not a `Likelihood`.
+        ValueError: It does not define the method that `fisher_type` needs.
+    """
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            f"likelihood must be a Likelihood, such as Classification(); found {likelihood!r}. "
+            "Fix: for a function, use Custom(nll)."
+        )
+    if not likelihood.supports(fisher_type):
+        raise ValueError(
+            f"{type(likelihood).__name__} must define {_REQUIRED_METHODS[fisher_type]} for "
+            f"fisher_type={fisher_type!r}; found no definition. Fix: define it, or choose "
+            'fisher_type="empirical".'
+        )

@@ -122,6 +122,18 @@ def check_released(names: Sequence[object], known: Collection[str]) -> None:
         )
 
 
+def without(
+    model: nn.Module, selected: tuple[str, ...] | None, released: Collection[str]
+) -> tuple[str, ...] | None:
+    """The names to choose from once `released` ones are; None for all.
+
+    A released name that is gone from the model can never be collected again, and is dropped.
+    """
+    if selected is None:
+        return None
+    return tuple(name for name in selected if name not in released or find(model, name) is not None)
+
+
 def _split_item(item: object) -> tuple[str, Tensor | None]:
     """The name and the parameter of one item of `parameters`; a bare name has no parameter."""
     if isinstance(item, str):

@@ -101,6 +101,11 @@ def expression(
         return ((value + constant) * (0.5 * strength)).to(dtype)
 
 
+def zero(thetas: Sequence[Tensor]) -> Tensor:
+    """The penalty of these parameters before anything is consolidated."""
+    return torch.zeros((), dtype=result_dtype(thetas), device=thetas[0].device)
+
+
 def result_dtype(thetas: Sequence[Tensor]) -> torch.dtype:
     """The dtype of the penalty: that of the widest theta, but real and at least float32."""
     wide = (torch.float64, torch.complex128)

@@ -1,6 +1,6 @@
 """What consolidations leave behind, and whether a model still fits it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -27,6 +27,17 @@ class State:
     n_tasks: int = 0
     warned: frozenset[str] = frozenset()
     warned_slow: bool = False
+
+    def quadratics_like(self, model: nn.Module) -> Iterator[tuple[str, Quadratic]]:
+        """The names and quadratics, on the parameters' devices, at least as wide, sharded as they.
+
+        Those of parameters that are gone, or have no values, are as they were.
+        """
+        for name, quadratic in self.quadratics.items():
+            parameter = find(model, name)
+            if parameter is not None and not parameter.is_meta:
+                quadratic = quadratic.like(parameter)
+            yield name, quadratic
 
 
 def check_fit(model: nn.Module, state: State, chosen: Iterable[str]) -> None:

@@ -237,8 +237,8 @@ def test_row_17_a_stop_iteration_ends_no_loop_of_ours(kind, place):
         "_consolidation.collect",
         "quadratic.merging.snapshot",
         "quadratic.merging.in_order",
-        "_ewc.State",
-        "_ewc.Binding",
+        "_consolidation.State",
+        "_consolidation.Binding",
         "_consolidation.measure",
     ],
 )
