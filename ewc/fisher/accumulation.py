@@ -1,4 +1,4 @@
-"""Adds the squared gradients of batches up, each parameter by the fastest method that is exact."""
+"""Adds up the squared gradients of batches, each parameter by its fastest verified method."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -21,12 +21,12 @@ class Accumulator:
 
     Args:
         runner: Runs the model.
-        coordination: How the processes work together.
+        coordination: What one process, or several in lockstep, do differently.
         sums: For each parameter a sum of squares, zero at first.
-        methods: What `verify` has returned.
+        methods: The fast methods, or why there are none: what `verify` has returned.
 
     Attributes:
-        sums: The same.
+        sums: The sums of squares.
         samples: The number of samples that were added.
         reasons: Why the loop was run for a parameter, by name.
     """
@@ -50,14 +50,14 @@ class Accumulator:
 
     @property
     def paths(self) -> dict[str, Method]:
-        """The method that each parameter took: of several, the slowest."""
+        """The method of each parameter: of several, the slowest."""
         paths: dict[str, Method] = {name: self._used.get(name, "unused") for name in self.sums}
         paths.update(dict.fromkeys(self.reasons, "loop"))
         return paths
 
     @property
     def is_slow(self) -> bool:
-        """Whether single samples took more than a few runs for each batch."""
+        """Whether the loop took more than a few runs for each batch, on average."""
         return self._looped > A_FEW * self._batches
 
     def add(self, bundle: Bundle) -> None:
@@ -65,40 +65,40 @@ class Accumulator:
         try:
             self._add(bundle.join())
         except InvalidBatch:
-            for place, batch in bundle if len(bundle) > 1 else ():  # to find the batch
-                with naming(place):
+            for index, batch in bundle if len(bundle) > 1 else ():  # to find the batch
+                with naming(index):
                     self._add(batch)
-            with naming(bundle.places[-1]):
+            with naming(bundle.indices[-1]):
                 raise
         self.samples += bundle.size
         self._batches += len(bundle)
         self._unchecked.append((bundle, self._coordination.are_finite(self.sums)))
-        # Elsewhere than on a CPU one bundle later: by then the verdict is there, and reading it
-        # does not hold up the next bundle.
+        # On an accelerator, the verdict is read one bundle later. By then it is computed, and to
+        # read it does not hold up the next bundle.
         self._refuse_non_finite(waiting=0 if self._runner.device.type == "cpu" else 1)
 
     def run_uncounted(self, batch: Batch) -> None:
-        """Run a batch whose squares do not count, because other processes still have samples."""
+        """Run a batch without counting its squares, because other processes still have samples."""
         self._add(batch, is_counted=False)
 
     def end(self) -> None:
-        """Check what was not checked yet."""
+        """Check that the squares of the last bundles are finite."""
         self._refuse_non_finite(waiting=0)
 
     def _add(self, batch: Batch, *, is_counted: bool = True) -> None:
         vectorised = None if isinstance(self._methods, str) else self._methods
-        with self._coordination.adding_to(self.sums, is_counted=is_counted) as totals:
+        with self._coordination.adding_to(self.sums, is_counted=is_counted) as own_sums:
             for chunk in self._coordination.chunks(batch, vectorised):
-                self._add_chunk(chunk, totals)
+                self._add_chunk(chunk, own_sums)
 
-    def _add_chunk(self, chunk: Batch, totals: Mapping[str, Tensor]) -> None:
-        left = self._add_vectorised(chunk, totals)
+    def _add_chunk(self, chunk: Batch, own_sums: Mapping[str, Tensor]) -> None:
+        left = self._add_vectorised(chunk, own_sums)
         if left:
             self._looped += chunk.size
-            for name in self._runner.loop(chunk, totals, left.keys()):
+            for name in self._runner.loop(chunk, own_sums, left.keys()):
                 self.reasons.setdefault(name, left[name])
 
-    def _add_vectorised(self, chunk: Batch, totals: Mapping[str, Tensor]) -> dict[str, str]:
+    def _add_vectorised(self, chunk: Batch, own_sums: Mapping[str, Tensor]) -> dict[str, str]:
         """Add the squares of the parameters that do not fall back to the loop.
 
         Returns:
@@ -108,7 +108,7 @@ class Accumulator:
             return dict.fromkeys(self.sums, OBJECTS)
         if isinstance(self._methods, str):
             return dict.fromkeys(self.sums, self._methods)
-        record = partial(self._runner.record, self._methods, chunk, totals)
+        record = partial(self._runner.record, self._methods, chunk, own_sums)
         try:
             recorded = record()
         except InvalidBatch:
@@ -116,9 +116,9 @@ class Accumulator:
         except DivergentBranches as divergence:
             groups = self._coordination.groups(divergence, chunk)
             for group in groups:
-                self._add_chunk(chunk.pick(group), totals)
+                self._add_chunk(chunk.pick(group), own_sums)
             return {} if groups else dict.fromkeys(self.sums, str(divergence))
-        except Exception as error:  # perhaps a branch that only these samples take
+        except Exception as error:  # perhaps from a branch that only these samples take
             if self._coordination.is_lockstep:
                 raise
             self._methods = confirmed(error, record)
@@ -130,7 +130,7 @@ class Accumulator:
         """Refuse squares that are not finite, in all but the last `waiting` bundles.
 
         Raises:
-            ValueError: There are some, with the batch and the parameters.
+            ValueError: There are some; the message names the batch and the parameters.
         """
         while len(self._unchecked) > waiting:
             bundle, verdict = self._unchecked.pop(0)
@@ -145,12 +145,12 @@ class Accumulator:
                 )
 
     def _first_non_finite(self, bundle: Bundle) -> int:
-        """The first batch after which the sums are not finite; the sums are lost."""
+        """The first batch after which the sums are not finite, found by adding to the sums anew."""
         if len(bundle) > 1:
             for each in self.sums.values():
                 each.zero_()
-            for place, batch in bundle:
+            for index, batch in bundle:
                 self._add(batch)
                 if not self._coordination.are_finite(self.sums).all():
-                    return place
-        return bundle.places[-1]
+                    return index
+        return bundle.indices[-1]

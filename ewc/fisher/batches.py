@@ -1,8 +1,8 @@
 """Batches on their way into the model: read from the loader, and bundled if they are small.
 
 What a sample contributes to the Fisher information has nothing to do with its batch, while every
-run of a model costs time of its own, which for a small model is most of it. So consecutive small
-batches are run as one.
+run of a model has a cost that does not depend on the batch size, and for a small model it
+dominates. So consecutive small batches are run as one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -16,7 +16,7 @@ from ewc.data.batch import Batch
 from ewc.errors import InvalidBatch
 
 BUNDLED_SHARE = 2
-"""A bundle takes 1 / BUNDLED_SHARE of the samples that fit in memory; more leave the cache."""
+"""A bundle holds at most 1 / BUNDLED_SHARE of the samples that fit in memory: it stays in cache."""
 
 
 class Reading:
@@ -26,13 +26,13 @@ class Reading:
         batches: Any iterable of raw batches.
         max_samples: The largest number of samples, or None for all.
         read: Turns a raw batch into a `Batch`.
-        restore: Called before a batch is handed on: a loader may run the model, too.
+        restore: Called before a batch is yielded, because a loader may run the model, too.
 
     Attributes:
-        place: The index of the present batch in the loader, counted from 0.
+        index: The index of the present batch in the loader, counted from 0.
         truncated: Whether `max_samples` ended the pass before the data did.
-        is_ahead: Whether batches may be read ahead. An iterable that is neither a sequence nor a
-            `DataLoader` may run code between two batches that the model's outputs depend on.
+        may_read_ahead: Whether batches may be read ahead. An iterable that is neither a sequence
+            nor a `DataLoader` may run code between two batches that the model's outputs depend on.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Reading:
         read: Callable[[Any], Batch],
         restore: Callable[[], None],
     ) -> None:
-        self.place = 0
+        self.index = 0
         self.truncated = max_samples == 0
-        self.is_ahead = isinstance(batches, (Sequence, DataLoader))
+        self.may_read_ahead = isinstance(batches, (Sequence, DataLoader))
         self._batches = batches
         self._left = max_samples
         self._read = read
@@ -54,15 +54,15 @@ class Reading:
         """The batches that hold samples."""
         if self.truncated:
             return
-        for place, raw in enumerate(self._batches):
-            self.place = place
-            with naming(place):
+        for index, raw in enumerate(self._batches):
+            self.index = index
+            with naming(index):
                 batch = self._read(raw)
             if self._left is not None:
                 if batch.size > self._left:
                     batch, self.truncated = batch.take(0, self._left), True
                 self._left -= batch.size
-            is_last = self._left == 0 and not _is_last(self._batches, place)
+            is_last = self._left == 0 and not _is_last(self._batches, index)
             self.truncated = self.truncated or is_last
             if batch.size:
                 self._restore()
@@ -76,32 +76,32 @@ class Bundle:
 
     Attributes:
         size: The number of samples.
-        places: The indices of the batches in the loader, counted from 0.
+        indices: The indices of the batches in the loader, counted from 0.
         batches: The batches.
     """
 
     def __init__(self) -> None:
         self.size = 0
-        self.places: list[int] = []
+        self.indices: list[int] = []
         self.batches: list[Batch] = []
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        return zip(self.places, self.batches, strict=True)
+        return zip(self.indices, self.batches, strict=True)
 
     @classmethod
-    def of_one(cls, place: int, batch: Batch) -> "Bundle":
+    def of_one(cls, index: int, batch: Batch) -> "Bundle":
         """A batch that is run by itself."""
         bundle = cls()
-        bundle.add(place, batch)
+        bundle.add(index, batch)
         return bundle
 
-    def add(self, place: int, batch: Batch) -> None:
+    def add(self, index: int, batch: Batch) -> None:
         """Add one more batch."""
         self.size += batch.size
-        self.places.append(place)
+        self.indices.append(index)
         self.batches.append(batch)
 
     def has_room_for(self, batch: Batch, capacity: int) -> bool:
@@ -109,7 +109,7 @@ class Bundle:
         return self.size + batch.size <= capacity and self.batches[0].joins(batch)
 
     def join(self) -> Batch:
-        """All samples as one batch. The batches become parts of it, so that one copy is kept."""
+        """All samples as one batch. The batches become views of it: only one copy is kept."""
         if len(self) == 1:
             return self.batches[0]
         whole = Batch.joined(self.batches)
@@ -124,7 +124,7 @@ class Bundle:
 def bundled(
     reading: Reading, batches: Iterable[Batch], capacity: Callable[[Batch], int]
 ) -> Iterator[Bundle]:
-    """Bundle consecutive small batches that are alike, if they may be read ahead.
+    """Bundle consecutive small batches of the same structure, if they may be read ahead.
 
     Args:
         reading: Where the batches come from.
@@ -134,25 +134,25 @@ def bundled(
     """
     waiting = Bundle()
     for batch in batches:
-        room = capacity(batch) // BUNDLED_SHARE if reading.is_ahead else 0
-        if waiting and not waiting.has_room_for(batch, room):
+        limit = capacity(batch) // BUNDLED_SHARE if reading.may_read_ahead else 0
+        if waiting and not waiting.has_room_for(batch, limit):
             yield waiting
             waiting = Bundle()
-        if batch.size > room / 2:
-            yield Bundle.of_one(reading.place, batch)
+        if batch.size > limit / 2:
+            yield Bundle.of_one(reading.index, batch)
         else:
-            waiting.add(reading.place, batch.copied())
+            waiting.add(reading.index, batch.copied())
     if waiting:
         yield waiting
 
 
 @contextmanager
-def naming(place: int) -> Iterator[None]:
-    """Name the batch in an error about it."""
+def naming(index: int) -> Iterator[None]:
+    """Name the batch in an `InvalidBatch` that is raised inside the context."""
     try:
         yield
     except InvalidBatch as error:
-        raise InvalidBatch(f"in batch {place} (counted from 0): {error}") from error
+        raise InvalidBatch(f"in batch {index} (counted from 0): {error}") from error
 
 
 def _is_last(batches: Iterable[Any], number: int) -> bool:

@@ -38,8 +38,8 @@ class Squares:
             device, in at least float32; sharded as the parameter is.
         samples: The number of samples, over all processes.
         truncated: Whether `max_samples` ended the pass before the data did, on any process.
-        paths: For each parameter the method that computed it: `"rule"`, `"vmap"` (a copy per
-            sample), `"loop"` (one sample at a time), or `"unused"`.
+        paths: For each parameter the method that computed it: `"rule"`, `"vmap"` (a
+            copy per sample), `"loop"` (one sample at a time), or `"unused"`.
         reasons: Why a parameter fell back to the loop, by name.
         slow: Whether the model was run on single samples, on average, more than a few times for
             each batch.
@@ -67,7 +67,8 @@ def collect(
 ) -> Squares:
     """Sum the squared gradients of all samples, each run through the model alone, in eval mode.
 
-    The model is left as it was, on failure too; random states only after success.
+    The model is restored, on failure too. Its draws leave the global random states as they were;
+    the seed of `"mc"` is drawn from `generator`.
 
     Args:
         model: The model, without wrappers.
@@ -112,7 +113,7 @@ def collect(
             fisher_type,
             randomness,
             restore,
-            frozenset() if sharded is None else sharded.stand_ins,
+            frozenset() if sharded is None else sharded.placeholder_names,
         )
         coordination: Coordination = (
             Independent() if sharded is None else LockStep(sharded, ranks, runner)
@@ -133,7 +134,7 @@ def _run(
     few = coordination.verification_batch(own)
     if few is None:
         return Accumulator(runner, coordination, sums, "there are no samples")
-    with naming(reading.place):
+    with naming(reading.index):
         methods = verify(runner, coordination, few, sums)
     coordination.end_verification()
     accumulator = Accumulator(runner, coordination, sums, methods)
@@ -149,7 +150,7 @@ def _run(
 
 
 def _over_all(ranks: Ranks, found: Accumulator, *, truncated: bool) -> Squares:
-    """The squares of all processes."""
+    """Add up the sums of all processes, and gather what each reports."""
     sums = found.sums
     ranks.barrier("the sums")
     samples = ranks.sum(found.samples)

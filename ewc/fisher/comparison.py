@@ -22,8 +22,9 @@ def differing(
 ) -> set[str]:
     """The names whose sums differ by more than rounding.
 
-    A wrong rule is off by as much as the sum itself. A gradient that is zero but for rounding is
-    small against the largest of all.
+    The bound for each sum is a share of its largest entry: a wrong rule is off by as much as the
+    sum itself. A gradient that is zero but for rounding is compared with the largest entry of all
+    sums.
 
     Args:
         found: Sums by name.

@@ -1,6 +1,6 @@
-"""What the processes of a collection do together, and in which order batches are run.
+"""How processes cooperate in a collection, and in which parts their batches are run.
 
-A collection is given one of two: `Independent` here, or `LockStep` of `fisher/sharded`.
+There are two ways: `Independent` here, and `LockStep` of `fisher/sharded` for sharded models.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +17,7 @@ from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.vectorised import Vectorised
 
 A_FEW = 4
-"""So many runs for a batch, or samples for a branch, are not worth another method."""
+"""Up to this many runs of single samples for a batch, or groups of samples, are not slow."""
 
 
 class Coordination(Protocol):
@@ -27,7 +27,7 @@ class Coordination(Protocol):
     """Whether all processes run the model equally often, so that no run may be repeated."""
 
     def verification_batch(self, own: Batch | None) -> Batch | None:
-        """The samples to verify the methods on, given the first ones of this process, if any."""
+        """The samples to verify the methods on, given the first ones of this process, or None."""
         ...
 
     def end_verification(self) -> None:
@@ -37,7 +37,7 @@ class Coordination(Protocol):
     def bundles(
         self, reading: Reading, batches: Iterable[Batch], vectorised: Vectorised | None
     ) -> Iterator[Bundle | None]:
-        """What to run, one after the other; None for a run that does not count."""
+        """The bundles to run, in order; None for a run that does not count."""
         ...
 
     def chunks(self, batch: Batch, vectorised: Vectorised | None) -> Iterator[Batch]:
@@ -47,11 +47,11 @@ class Coordination(Protocol):
     def adding_to(
         self, sums: Mapping[str, Tensor], *, is_counted: bool = True
     ) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Where the squares of a run are added, to end up in `sums`, if it is counted."""
+        """The sums to which a run adds, as a context; added to `sums` at its end, if counted."""
         ...
 
     def groups(self, divergence: DivergentBranches, batch: Batch) -> list[list[int]]:
-        """The samples that are run together where the model branches; none to run the loop."""
+        """The groups of samples to run where the model branches; no group to run the loop."""
         ...
 
     def differing(
@@ -66,7 +66,7 @@ class Coordination(Protocol):
 
 
 class Independent:
-    """Every process runs its own batches at its own pace; the sums are added up in the end."""
+    """Every process runs its own batches at its own pace; `collect` adds up the sums at the end."""
 
     is_lockstep = False
 
@@ -80,7 +80,7 @@ class Independent:
     def bundles(
         self, reading: Reading, batches: Iterable[Batch], vectorised: Vectorised | None
     ) -> Iterator[Bundle | None]:
-        """The batches, small ones bundled where all parameters go by rule or copy."""
+        """The batches, small ones bundled if no parameter falls back to the loop."""
 
         def capacity(batch: Batch) -> int:
             if vectorised is None or vectorised.fallback or not batch.vectorisable:
@@ -116,7 +116,7 @@ class Independent:
         return differing(found, expected, largest(expected), is_half=is_half)
 
     def are_finite(self, sums: Mapping[str, Tensor]) -> Tensor:
-        """For each sum, whether its largest entry is finite; the sum of all may overflow."""
+        """For each sum, whether its largest entry is finite: to add them up may overflow."""
         device = next(iter(sums.values())).device
         tops = [(s.max() if s.numel() else s.sum()).to(device) for s in sums.values()]
         return torch.stack(tops).isfinite()

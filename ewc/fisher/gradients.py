@@ -2,8 +2,9 @@
 
 A rule knows the per-sample gradients of a parameter as a formula of two tensors: the input of the
 operation, and the gradient of its output. In this form they are as small as the activations;
-written out they would be one copy of the parameter per sample. Each class here adds their squares
-to `sums`, a tensor of the parameter's shape, and writes out a few samples at a time at most.
+written out they would be as large as one copy of the parameter per sample. Each class here adds
+their squares to `sums`, a tensor of the parameter's shape, and writes out the gradients of a
+few samples at a time at most.
 
 Index legend: `n` sample, `s` shared position (time step, pixel, ...), `o`/`i` rows/columns.
 """
@@ -17,17 +18,17 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 LOOP_PRODUCTS = 2**18
-"""How many multiplications make one sample's product on a CPU worth a call of its own."""
+"""On a CPU, one sample's product has a call of its own beyond this many multiplications."""
 
 LARGE_MATRIX = 2**12
-"""How many elements make the matrices of a stack worth a call each."""
+"""Each matrix of a stack has a call of its own beyond this many elements."""
 
 
 def work_elements(tensor: Tensor) -> int:
     """How many elements of `tensor`'s kind may be written out at a time.
 
-    On a CPU as many as stay in the second-level cache (half a MiB), else 64 MiB, so that a
-    launch has enough to do.
+    On a CPU as many as stay in the second-level cache (half a MiB), else 64 MiB, so that
+    a kernel launch is worth its cost.
     """
     budget = 2**19 if tensor.is_cpu else 2**26
     return budget // tensor.element_size()
@@ -40,7 +41,7 @@ def alike(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Gradient(ABC):
-    """The gradients of N samples with respect to one parameter (or a view of one).
+    """The gradients of N samples with respect to one parameter, or one effective weight.
 
     Attributes:
         samples: N.
@@ -53,7 +54,7 @@ class Gradient(ABC):
         """The gradients of samples `start` to `stop - 1`, shape `[stop - start, *shape]`."""
 
     def elements_per_sample(self, sums: Tensor) -> int:
-        """How many elements are written out for each sample, given where the squares are added."""
+        """How many elements `add_squares(sums)` writes out for each sample."""
         return sums.numel()
 
     def add_squares(self, sums: Tensor) -> None:
@@ -221,8 +222,8 @@ class Rows(Gradient):
 
     @override
     def add_squares(self, sums: Tensor) -> None:
-        # Positions of one sample that read the same row are brought together by sorting and
-        # summed before squaring; no size depends on the data, so nothing synchronises.
+        # Sorting puts positions of one sample that read the same row next to each other; they are
+        # summed before squaring. No size depends on the data, so nothing synchronises.
         n, positions = self.index.shape
         index, order = self.index.sort(dim=1)
         starts = torch.ones_like(index, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """Finds a module that mixes the samples of a batch.
 
 The Fisher information is a mean over independent samples. A module whose output for one sample
-depends on the others in its batch, in eval mode too, has no such mean: that is an error.
+depends on the others in its batch, in eval mode too, has no per-sample gradients: that is an error.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
     """Refuse batch normalisation without running statistics.
 
     Raises:
-        ValueError: There is one, with its name.
+        ValueError: There is one; the message names it.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
@@ -62,12 +62,12 @@ def refuse_mixing(model: nn.Module, runs: Runs, batch: Batch, restore: Callable[
 
     Args:
         model: The model, in eval mode.
-        runs: The runs on both samples together, and on each of them alone.
+        runs: Three runs: on both samples as one batch, on the first, and on the second.
         batch: The two samples.
         restore: Called after each run, so that the next one starts from the same state.
 
     Raises:
-        ValueError: They differ, with the name of the first module whose outputs do.
+        ValueError: They differ; the message names the first module whose outputs differ.
     """
     parts = (batch, batch.take(0, 1), batch.take(1, 2))
     # Rounding depends on the size of a batch, and adds up over layers. A norm over the batch makes
@@ -131,7 +131,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _agree(both: list[Tensor], first: list[Tensor], second: list[Tensor], tolerance: float) -> bool:
-    """Whether the outputs of two samples together equal those of each alone.
+    """Whether the outputs of a batch of two samples equal those of each sample alone.
 
     The batch dimension has twice the size. Outputs of other shapes, perhaps padded to the longest
     sample of the batch, cannot be compared and pass.
@@ -162,9 +162,9 @@ def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
 
 
 def _message(name: str, module: nn.Module, found: str) -> str:
-    place = f"module {name!r}" if name else "the model"
+    subject = f"module {name!r}" if name else "the model"
     return (
-        f"A model must treat the samples of a batch independently in eval mode; {place} "
+        f"A model must treat the samples of a batch independently in eval mode; {subject} "
         f"({type(module).__name__}) mixes them: {found}. Fix: use running statistics "
         "(track_running_stats=True), or a norm over each sample (GroupNorm, LayerNorm)."
     )

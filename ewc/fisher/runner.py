@@ -1,4 +1,4 @@
-"""Runs the model of one collection, by each of the methods, and leaves all else as it was."""
+"""Runs the model of one collection by each of the methods; restores it after each run."""
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ewc.model.randomness import Randomness
 
 @dataclass(frozen=True)
 class Runner:
-    """A model, and what is differentiated.
+    """A model, its parameters, and what is differentiated.
 
     Attributes:
         model: The model, in eval mode.
@@ -30,8 +30,9 @@ class Runner:
         forward: `forward(model, batch) -> outputs`; None calls the model on the inputs.
         fisher_type: `"empirical"`, `"exact"` or `"mc"`.
         randomness: The random numbers of the runs.
-        restore: Takes back what a run has changed in the model.
-        hooked: The names of parameters whose gradients the loop squares in hooks, one by one.
+        restore: Undoes what a run has changed in the model.
+        hooked: The names of the parameters whose gradients the loop squares in hooks, so that it
+            does not hold them all: the placeholders of a sharded model.
     """
 
     model: nn.Module
@@ -50,7 +51,7 @@ class Runner:
 
     @property
     def samples_dim(self) -> int | None:
-        """The dimension of the outputs that holds the samples; None to see them one by one."""
+        """The dimension of the outputs with the samples; None to see one sample at a time."""
         return self.likelihood.batch_dim if self.likelihood.takes_batches else None
 
     def read(
@@ -74,7 +75,7 @@ class Runner:
         )
 
     def outputs(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Run the model: its outputs, and what the likelihood gets beside them."""
+        """Run the model: its outputs, and the other arguments of the likelihood."""
         return apply(self.model, raw, self.forward)
 
     def terms(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
@@ -93,13 +94,13 @@ class Runner:
             raise
 
     def reverse(self, recorded: Recorded) -> None:
-        """Run the reverse pass of a forward pass, and add the squares."""
+        """Run the reverse passes that belong to a forward pass, and add the squares."""
         devices = {parameter.device.type for parameter in self.parameters.values()}
         try:
             with torch.no_grad(), without_autocast(devices):
                 recorded.reverse()
         finally:
-            # Not before: the graph may have saved a buffer that the model has written to.
+            # Not earlier: the graph may have saved a buffer that the model has written to.
             self.restore()
 
     def loop(
@@ -117,8 +118,8 @@ class Runner:
             batch: The samples.
             sums: For each parameter, where its squares are added.
             names: The parameters to differentiate by.
-            outputs: In place of the runner's own.
-            terms: In place of the runner's own.
+            outputs: Runs the model; by default the runner's own `outputs`.
+            terms: What is differentiated; by default the runner's own `terms`.
 
         Returns:
             The names of the parameters that a gradient reached.

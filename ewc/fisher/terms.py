@@ -4,7 +4,8 @@ A sample contributes the sum of the squared gradients of its terms to the Fisher
 
 - `"empirical"`: one term, the negative log-likelihood of the targets in the data;
 - `"mc"`: one term, that of targets drawn from the model's predictive distribution;
-- `"exact"`: as many terms as the expectation over that distribution takes.
+- `"exact"`: several terms; the sum of their squared gradients is the expectation over that
+  distribution.
 """
 
 from collections.abc import Iterator, Mapping
@@ -64,7 +65,7 @@ def terms(
 
 
 def surrogate_terms(outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
-    """A term of one sample in place of that of drawn targets, `[1, 1]`: all outputs, weighted.
+    """A term of one sample that needs no drawn targets, `[1, 1]`: a weighted sum of all outputs.
 
     Raises:
         NoTensorOutputs: No tensor that depends on the parameters is found in the outputs.

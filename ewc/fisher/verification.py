@@ -1,4 +1,4 @@
-"""Verifies the fast methods against the loop, on the first two samples of a collection."""
+"""Verifies the fast methods against the loop, on the first two samples of the first batch."""
 
 import re
 import textwrap
@@ -32,9 +32,9 @@ def verify(
 
     Args:
         runner: Runs the model.
-        coordination: How the processes work together.
+        coordination: What one process, or several in lockstep, do differently.
         batch: One sample or two.
-        sums: Zeros, which serve as memory here and are zeros again afterwards.
+        sums: Zeros; used as memory here, and set to zero again.
 
     Returns:
         The fast methods, or why all parameters fall back to the loop.
@@ -53,7 +53,7 @@ def _verify(
     runner: Runner, coordination: Coordination, batch: Batch, sums: Mapping[str, Tensor]
 ) -> Vectorised | str:
     expected = {name: torch.zeros_like(each) for name, each in sums.items()}
-    # Drawn targets differ from run to run: a function of the outputs is compared in their place.
+    # Drawn targets differ from run to run: a function of the outputs is differentiated instead.
     is_drawn = runner.fisher_type == "mc"
     terms = surrogate_terms if is_drawn else runner.terms
     runs = Runs(runner.outputs)
@@ -62,8 +62,8 @@ def _verify(
             runs(batch.raw)
         runner.restore()
     try:
-        with coordination.adding_to(expected) as totals, full_precision():
-            runner.loop(batch, totals, set(expected), outputs=runs, terms=terms)
+        with coordination.adding_to(expected) as own_sums, full_precision():
+            runner.loop(batch, own_sums, set(expected), outputs=runs, terms=terms)
     except NoTensorOutputs:
         return _NO_TENSOR
     if batch.size == 2:
@@ -80,18 +80,18 @@ def _verify(
     )
 
     def run() -> None:
-        with coordination.adding_to(sums) as totals:
+        with coordination.adding_to(sums) as own_sums:
             try:
-                runner.reverse(runner.record(vectorised, batch, totals))
+                runner.reverse(runner.record(vectorised, batch, own_sums))
             except DivergentBranches:
                 for n in range(batch.size):
-                    runner.reverse(runner.record(vectorised, batch.take(n, n + 1), totals))
+                    runner.reverse(runner.record(vectorised, batch.take(n, n + 1), own_sums))
 
     try:
         run()
     except InvalidBatch:
         raise
-    except Exception as error:  # whatever vmap refuses; the loop has just run the same samples
+    except Exception as error:  # what vmap refuses; the loop has just run the same samples
         return confirmed(error, run)
     is_half = is_half_precision(runner.model)
     for name in coordination.differing(sums, expected, is_half=is_half):
@@ -101,9 +101,9 @@ def _verify(
 
 
 def confirmed(error: Exception, again: Callable[[], object]) -> str:
-    """The reason to fall back to the loop, if an error comes again.
+    """The reason to fall back to the loop, if an error is raised again in a second try.
 
-    An error that does not come again is a fault of the user's model or likelihood, not something
+    An error that is not raised again is a fault of the user's model or likelihood, not something
     that vmap cannot do.
 
     Args:
@@ -111,10 +111,10 @@ def confirmed(error: Exception, again: Callable[[], object]) -> str:
         again: Repeats what has failed.
 
     Raises:
-        Exception: `error`, or another one that came in its place.
+        Exception: `error`, or another one that was not raised again.
     """
     reason = _described(error)
-    faults = {_pattern(reason): error}  # those that have not come again
+    faults = {_pattern(reason): error}  # those that were not raised again
     for _ in range(2):
         try:
             again()

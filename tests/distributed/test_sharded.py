@@ -291,7 +291,7 @@ def one_layer_at_a_time(rank: int, world: int) -> tuple[int, int]:
             nonlocal whole, summing
             summing = max(
                 summing,
-                sum(any(s.squares is not None for s in one.stand_ins) for one in layers._layers),
+                sum(any(s.squares is not None for s in one.placeholders) for one in layers._layers),
             )
             step(layers, layer)
             whole = max(whole, sum(one.is_gathered for one in layers._layers))

@@ -1,1 +1,1 @@
-"""The three methods: all samples at once by rules or per-sample copies, and a loop."""
+"""The three methods: `"rule"` and `"vmap"`, all samples at once; `"loop"`, one at a time."""

@@ -1,4 +1,4 @@
-"""Assembles the squared gradients of parameters from those of the weights that met the samples."""
+"""Computes the squared gradients of parameters from the gradients of their effective weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,11 +15,12 @@ SAMPLES_BYTES = 2**24
 
 
 class Assembly:
-    """One batch: takes gradients of weights, adds the squares of those of the parameters.
+    """One batch: receives gradients of weights, and adds up the squared gradients of parameters.
 
-    A weight is *separate* if every entry of its parameters reaches at most one entry of their
-    weights: then what comes back to it is squared at once. Other gradients are summed over all
-    weights of a parameter before squaring.
+    A weight is *separate* if every entry of its parameters reaches at most one entry of all
+    weights. Its gradients are squared as soon as they are complete, and the squares are led back at
+    the end. Other weights are *joint*: their gradients are led back, some samples at a time, and
+    summed over all weights of a parameter before squaring.
 
     Args:
         sums: For each parameter, where its squares are added.
@@ -40,7 +41,7 @@ class Assembly:
 
     @property
     def joint_bytes(self) -> int:
-        """The memory of the gradients that are summed before squaring, for one sample."""
+        """The memory of the gradients of joint weights and of their parameters, for one sample."""
         weights = [weight for group in self._groups for weight in group]
         tensors = [*(weight.layout for weight in weights), *_parameters(weights).values()]
         return sum(each.numel() * each.element_size() for each in tensors)
@@ -57,16 +58,16 @@ class Assembly:
         self._groups = _connected([each for each in weights if each not in self._separate], joint)
 
     def receive(self, weight: Weight, gradient: Gradient) -> None:
-        """Take what has come back to one use of a weight."""
+        """Receive the gradient of one use of a weight."""
         if not weight.parameters:
-            return  # left to the loop
+            return  # its parameters fall back to the loop
         weight.received.append(gradient)
         if weight.is_complete and weight in self._separate:
             with self._products():
                 self._square(weight)
 
     def end_reverse(self) -> None:
-        """End one reverse pass: square what waits for further gradients, of which none comes."""
+        """End one reverse pass: square what is not squared yet; no gradient comes after it."""
         with self._products():
             for weight in self._separate:
                 if weight.received:
@@ -91,14 +92,14 @@ class Assembly:
     ) -> list[Tensor | None]:
         """`J^T sqrt(squares)`, of separate weights: no two of them reach the same entry."""
         roots = [self._squares.pop(weight).sqrt_() for weight in weights]
-        wholes = [r.to(_narrowest(w)) for w, r in zip(weights, roots, strict=True)]
+        rounded = [r.to(_narrowest(w)) for w, r in zip(weights, roots, strict=True)]
         values = list(parameters.values())
-        found = lead_back(weights, wholes, values)
-        if all(whole.dtype == root.dtype for whole, root in zip(wholes, roots, strict=True)):
+        found = lead_back(weights, rounded, values)
+        if all(whole.dtype == root.dtype for whole, root in zip(rounded, roots, strict=True)):
             return found
-        # A dtype on the way has fewer digits: the rest follows.
-        rests = [root - whole for whole, root in zip(wholes, roots, strict=True)]
-        others = lead_back(weights, rests, values)
+        # A narrower dtype rounds: what it has cut off is led back too.
+        remainders = [root - whole for whole, root in zip(rounded, roots, strict=True)]
+        others = lead_back(weights, remainders, values)
         return [
             None if one is None or other is None else one.to(self._sums[name].dtype) + other
             for name, one, other in zip(parameters, found, others, strict=True)
@@ -119,7 +120,7 @@ class Assembly:
         weight.take().add_squares(self._squares[weight])
 
     def _square_sum(self, weights: list[Weight]) -> None:
-        """Sum the gradients of several weights, some samples at a time, and add the squares."""
+        """Lead the gradients of joint weights back, some samples at a time, and add the squares."""
         if not weights:
             return
         parameters = _parameters(weights)
@@ -131,7 +132,7 @@ class Assembly:
         samples = gradients[0].samples
         step = max(1, SAMPLES_BYTES // (weights[0].layout.element_size() * max(1, elements)))
         if self._structures.in_lockstep:
-            step = samples  # other processes, with other numbers of samples, lead back as often
+            step = samples  # all processes must lead back equally often, whatever their samples
         for start in range(0, samples, step):
             stop = min(start + step, samples)
             parts = [gradient.per_sample(start, stop) for gradient in gradients]
@@ -176,7 +177,7 @@ def _parameters(weights: Sequence[Weight]) -> dict[str, Tensor]:
 
 
 def _connected(weights: Sequence[Weight], names: set[str]) -> list[list[Weight]]:
-    """Groups of weights, so that no two groups have one of the parameters `names` in common."""
+    """Divide weights into groups; no two groups share one of the parameters `names`."""
     groups: list[tuple[list[Weight], set[str]]] = []
     for weight in weights:
         members, shared = [weight], names & weight.parameters.keys()

@@ -1,7 +1,7 @@
 """Values that a model reads out of tensors, to branch on them.
 
 Inside `vmap` all samples run through the same code. A value may be read only if it is the same for
-all samples; otherwise the batch is divided into groups of samples that agree.
+all samples; otherwise the batch is divided into groups of samples for which it is.
 """
 
 from collections.abc import Callable

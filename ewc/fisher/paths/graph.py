@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 _GENERATED = re.compile(r"Backward\d+$")
-"""The names of PyTorch's own nodes, which show all that they keep.
+"""The names of PyTorch's own nodes, which expose all that they have saved.
 
-Those of autograd.Functions, of scripted code and of writes into slices do not.
+The nodes of autograd.Functions, of scripted code and of writes into slices do not.
 """
 
 
@@ -42,11 +42,11 @@ def leaves(*roots: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Description:
-    """All that the derivatives along a graph depend on, but for its leaves.
+    """All that the derivatives along a graph depend on, except the values of its leaves.
 
     Attributes:
         operations: The operations, how they are connected, and their options.
-        constants: Copies of the tensors that they keep and that need no gradient.
+        constants: Copies of the tensors that they have saved and that need no gradient.
     """
 
     operations: list[Hashable]
@@ -63,7 +63,8 @@ def describe(edges: Sequence[GradientEdge]) -> Description | None:
     """Describe the graph behind some edges.
 
     Returns:
-        None if a node hides what it keeps, or if to read it would wait for a device.
+        None if a node does not expose what it has saved, or if to compare it would wait for a
+        device.
     """
     found = list(nodes(*[edge.node for edge in edges]))
     numbers: dict[Any, int] = {node: number for number, node in enumerate(found)}
@@ -92,13 +93,13 @@ def describe(edges: Sequence[GradientEdge]) -> Description | None:
 
 
 def keeps_tensors(edges: Sequence[GradientEdge]) -> bool:
-    """Whether a node of the graph behind some edges keeps tensors for the reverse pass."""
+    """Whether a node of the graph behind some edges has saved tensors for the reverse pass."""
     graph = nodes(*[edge.node for edge in edges])
     return any(_names(node.__class__, "_raw_saved_") for node in graph)
 
 
 def _saved(node: Any) -> Iterator[Any]:
-    """What a node of autograd keeps: tensors, numbers, shapes."""
+    """What a node of autograd has saved: tensors, numbers, shapes."""
     for name in _names(node.__class__, "_saved_"):
         value = getattr(node, name)
         is_several = isinstance(value, (tuple, list)) and any(

@@ -1,4 +1,4 @@
-"""One sample at a time through plain autograd: always right, and slow."""
+"""The loop: one sample at a time by plain autograd. Other methods are verified against it."""
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -30,8 +30,9 @@ def run_loop(
         sums: For each, where its squares are added.
         terms: `terms(raw) -> [K]`, those of one sample, differentiable.
         restore: Called after each sample, so that the next run starts from the same state.
-        hooked: The names of parameters whose gradients are squared when they arrive, and not
-            held. A hook leaves a trace on a parameter: these must be the library's own.
+        hooked: The names of parameters whose gradients are squared in a hook when they arrive, and
+            released. A removed hook still leaves a trace on a parameter, so these must not be the
+            user's.
 
     Returns:
         The names of the parameters that a gradient reached.

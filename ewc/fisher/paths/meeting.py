@@ -1,14 +1,19 @@
 """Acts where parameters meet samples.
 
-A model runs on single samples inside `vmap`, while a `TorchFunctionMode` is shown every call of a
+A model runs on single samples inside `vmap`, while a `TorchFunctionMode` sees every call of a
 PyTorch function. A call in which an effective weight (`weights.py`) meets a tensor with samples is
-a *meeting*. Only there something is done, the first of these that applies:
+a *meeting*. There the first of these is done that applies:
 
-1. a *decomposition* replaces the call by simpler ones, which are looked at in their turn;
+1. a *decomposition* replaces the call by simpler ones, each of which is seen in turn;
 2. a *rule* computes the output, and says what the per-sample gradients of the weight are;
 3. the body of a function of PyTorch that is written in Python is run call by call;
 4. the weight is replaced by a *copy per sample* (an expanded view, without memory of its own), for
    this call alone: the gradient of the copy is the per-sample gradient.
+
+Other calls go on as they are, with these exceptions. The rules in `ALWAYS` also serve calls without
+weights. A linear layer that makes a smaller weight, as in a hypernetwork, runs once for each
+sample. A value that the model reads must be the same for all samples (`branches.py`). What would
+give wrong gradients is an error, and the loop is run.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -40,7 +45,7 @@ class PerSampleMode(TorchFunctionMode):
     Args:
         parameters: The protected parameters by name.
         samples: N.
-        assembly: Takes the gradients in the reverse pass.
+        assembly: Receives the gradients in the reverse pass.
 
     Attributes:
         level: The nesting level of that `vmap`, to be set before the mode is entered.
@@ -62,7 +67,7 @@ class PerSampleMode(TorchFunctionMode):
 
     @property
     def kept_bytes(self) -> int:
-        """The memory of what went into operations with a rule, and of what came out."""
+        """The memory of the inputs and outputs of all operations with a rule."""
         return sum(self._kept.values())
 
     @property
@@ -88,7 +93,7 @@ class PerSampleMode(TorchFunctionMode):
         physical = _vmap.physical(tensor, self.level)
         if physical is None:
             return tensor.expand(self._samples, *tensor.shape)
-        self._weigh(physical)
+        self._count_bytes(physical)
         return physical
 
     def is_protected(self, tensor: object) -> bool:
@@ -113,7 +118,7 @@ class PerSampleMode(TorchFunctionMode):
                 uses.append((weight, gradient))
         if not uses:
             return output
-        self._weigh(output)
+        self._count_bytes(output)
 
         assembly = self._assembly  # the hook must not hold the mode, which holds the copies
 
@@ -151,14 +156,14 @@ class PerSampleMode(TorchFunctionMode):
             self.is_hooked = True
         at_level = _vmap.level() == self.level
         if func in _REVERSE and at_level:
-            # These gradients would come to the hooks of the rules, which are for the terms alone.
+            # The hooks of the rules would receive these gradients; they are for those of the terms.
             raise RuntimeError("the model differentiates by autograd inside its forward")
         if func in _STRIDED and self._shares_memory(args[0]):
-            # All samples of a copy lie in the same memory; its gradient would be divided up.
+            # All samples of a copy lie in the same memory, so autograd would divide its gradient.
             raise RuntimeError("the model reads a copy of a parameter by as_strided")
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if not at_level:  # inside a transform of the model's own, which no rule looks into
+        if not at_level:  # inside a transform of the model's own, to which no rule applies
             return func(*self._with_copies(args), **self._with_copies(kwargs))
         meets = self._meets(args, kwargs)
         if not meets and func is F.linear and self._is_generator(*args, **kwargs):
@@ -203,8 +208,8 @@ class PerSampleMode(TorchFunctionMode):
     def _is_generator(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a linear layer makes a weight smaller than its own, as in a hypernetwork.
 
-        To run it once for each sample then costs less than the gradients of its own weight, for
-        each sample, written out.
+        To run it once for each sample, by the rule of `F.linear`, then costs less than to lead
+        gradients back, which writes out those of its own weight for each sample.
         """
         if len(args) < 2 or _vmap.is_wrapped(args[0]) or not self.is_protected(args[1]):
             return False
@@ -241,7 +246,7 @@ class PerSampleMode(TorchFunctionMode):
         return tree_map_only(Tensor, replace, arguments)
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        """A weight once for each sample, `[N, *shape]`; to be called beneath the `vmap`."""
+        """A copy of a weight for each sample, `[N, *shape]`; to be called beneath the `vmap`."""
         weight = self.weights[tensor]
         assert weight is not None
         if weight not in self._copies:
@@ -257,7 +262,7 @@ class PerSampleMode(TorchFunctionMode):
         physical = _vmap.physical(tensor, self.level)
         return physical is not None and physical.stride(0) == 0
 
-    def _weigh(self, tensor: Tensor) -> None:
+    def _count_bytes(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         self._kept[storage.data_ptr()] = storage.nbytes()
 
@@ -272,8 +277,8 @@ def _alias(tensor: Tensor) -> Tensor:
 def _body(func: Callable[..., Any]) -> Callable[..., Any] | None:
     """A function of PyTorch that is written in Python, so that its calls are seen one by one.
 
-    Such a function first asks whether a mode wants to see it, and is seen in one piece then. Here
-    that question is answered by no. None for other functions.
+    Such a function first asks whether a mode overrides it. Here the answer is always no, so that
+    its body runs under the mode. None for other functions.
     """
     if not isinstance(func, FunctionType) or func.__module__ not in (
         "torch.nn.functional",

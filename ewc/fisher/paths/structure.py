@@ -1,4 +1,4 @@
-"""How effective weights depend on a parameter, found out by autograd.
+"""How effective weights depend on parameters, found out by autograd.
 
 With `J` for the derivative of an effective weight `q` by a parameter `p`, the gradient of sample n
 is `J^T g_n`. Where every entry of `p` reaches at most one entry of `q`, squares need no per-sample
@@ -6,9 +6,9 @@ gradients of `p`:
 
     sum_n (J^T g_n)^2 = (J^T sqrt(sum_n g_n^2))^2
 
-Views, casts and elementwise functions are of this kind. Which are, is tested and not listed:
-`(J^T v)^2 = J^T(v^2) J^T 1`, for vectors `v` that tell any two entries apart, if and only if `J` is
-of this kind.
+entry by entry. Views, casts and elementwise functions are of this kind. It is tested, not listed:
+`(J^T v)^2 = J^T(v^2) J^T 1` must hold for a few vectors `v`, chosen so that any two entries differ
+in one of them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -24,17 +24,18 @@ from ewc.fisher.paths.weights import Weight
 class Structures:
     """Which parameters reach at most one entry of their weights, decided once for each structure.
 
-    To sum before squaring is right for any structure, so the verdict that a parameter needs it is
-    kept for the whole collection. The verdict that it does not is kept for as long as the same
-    graphs lead to the weights, from equal constants: reading a verdict waits for a device.
+    To sum before squaring is right for any structure, so the verdict that a parameter needs it
+    holds for the whole collection. The verdict that it does not holds as long as the weights are
+    computed by the same graphs from equal constants. Verdicts are kept because to read one waits
+    for a device.
 
     Args:
-        in_lockstep: Whether several processes gather parameters together. Then a weight is only
-            separate if it is led back without the values of parameters: processes may decide
-            differently, and must gather equally often.
+        in_lockstep: Whether several processes run a sharded model. They may decide differently, and
+            must gather layers equally often. So a weight is only separate if its graph has saved no
+            tensors, which would have to be gathered to lead gradients back.
 
     Attributes:
-        in_lockstep: The same.
+        in_lockstep: As above.
     """
 
     def __init__(self, *, in_lockstep: bool) -> None:
@@ -85,7 +86,7 @@ def lead_back(
     *,
     batched: bool = False,
 ) -> list[Tensor | None]:
-    """The gradients of parameters, `sum over weights of J^T g`, or None where nothing arrives.
+    """The gradients of parameters, `sum over weights of J^T g`; None where no weight depends on it.
 
     Args:
         weights: The weights, of which none is a parameter.
@@ -111,14 +112,14 @@ def lead_back(
     except RuntimeError:
         if not batched:
             raise
-    # A reverse pass that vmap cannot do, such as one of the user's own, for each sample.
+    # vmap cannot do it, as with an autograd.Function of the user: one reverse pass per sample.
     rows = [grad(row, batched=False) for row in zip(*typed, strict=True)]
     columns = zip(*rows, strict=True)
     return [None if column[0] is None else torch.stack(column) for column in columns]
 
 
 def _separate(weights: Sequence[Weight], names: Set[str]) -> set[str]:
-    """The names of those parameters that reach at most one entry, of all the weights."""
+    """The names of the parameters each entry of which reaches at most one entry of all weights."""
     holds: dict[str, list[Tensor]] = {name: [] for name in names}
     reached: dict[str, Tensor] = {}
     for weight in weights:
@@ -145,13 +146,13 @@ def _tested(
 ) -> dict[str, list[Tensor]]:
     """Whether the identity holds between a weight and its parameters.
 
-    Besides, the gradients have three scales, so that it only holds if the way back is linear. It
-    need not be: the user may have registered a hook that clips gradients.
+    The gradients have three scales, so that the identity fails if the reverse pass is not linear,
+    as with a hook that clips gradients.
 
     Args:
         weight: The weight.
         parameters: The parameters by name.
-        reached: By name, how many weights each entry has reached so far; it is counted on.
+        reached: By name, how many weights each entry has reached so far; it is updated.
     """
     holds: dict[str, list[Tensor]] = {name: [] for name in parameters}
     _, scale = _ranges(weight)
@@ -163,7 +164,7 @@ def _tested(
         once = _back(weight, v / scale, parameters)
         twice = _back(weight, v * v * scale, parameters)
         for name, slope in slopes.items():
-            # Not finite, the difference is not zero.
+            # A difference that is not finite counts as not zero.
             holds[name].append(~((once[name] * scale) ** 2 - twice[name] * slope).any())
         if weight.device.type == "cpu" and not any(each[-1] for each in holds.values()):
             break
@@ -198,6 +199,6 @@ def _probes(weight: Weight) -> Iterator[Tensor]:
 
 
 def _ranges(weight: Weight) -> tuple[int, float]:
-    """The bits of a digit, and a scale: `v^2` times or by the scale is in the dtype's range."""
+    """The bits of a digit, and a scale: `v / scale` and `v^2 * scale` are in the dtype's range."""
     is_wide = torch.finfo(weight.layout.dtype).max > 1e30
     return (6, 2.0**30) if is_wide else (2, 2.0**6)

@@ -21,13 +21,13 @@ WRITTEN_BYTES = 2**26
 """How much memory the per-sample gradients that are written out may take at a time."""
 
 KEPT_BYTES = {"cpu": 2**26}
-"""How much memory the activations of a forward pass may take, by kind of device."""
+"""How much memory the activations of a forward pass may take, by type of device."""
 
 KEPT_BYTES_ELSEWHERE = 2**31
-"""The same on other kinds, which need more samples at a time to be busy."""
+"""The same on other types of device, which need more samples at a time to be busy."""
 
-UNSEEN = "it is used out of sight, in an autograd.Function or a scripted module"
-"""Why a parameter to which the graph leads, past all interception, falls back to the loop."""
+UNSEEN = "its use is not visible, in an autograd.Function or a scripted module"
+"""Why a parameter that was used where no meeting was seen falls back to the loop."""
 
 Outputs = Callable[[Any], tuple[Any, tuple[Any, ...]]]
 """`outputs(raw) -> (outputs, rest)`: runs the model on a raw batch."""
@@ -41,10 +41,10 @@ class Recorded:
     """A forward pass, ready for its reverse pass.
 
     Attributes:
-        assembly: Takes the gradients.
+        assembly: Receives the gradients.
         terms: K terms, each summed over the samples.
-        leaves: The leaves of their graph. Gradients with respect to these pass all that is
-            recorded.
+        leaves: The leaves of their graph. To differentiate by these runs every hook that takes a
+            gradient.
     """
 
     assembly: Assembly
@@ -73,10 +73,10 @@ class Vectorised:
         structures: How effective weights depend on the parameters.
 
     Attributes:
-        terms: The same.
-        samples_dim: The same.
+        terms: What is differentiated; another function while the methods are verified.
+        samples_dim: As above.
         methods: `"rule"` or `"vmap"`, by the name of each parameter that was used.
-        fallback: Why a parameter is left to the loop, by name.
+        fallback: Why a parameter falls back to the loop, by name.
         reads: Whether the model has read values out of a tensor, to branch on them.
     """
 
@@ -96,11 +96,13 @@ class Vectorised:
         self._parameters = dict(parameters)
         self._outputs = outputs
         self._structures = structures
-        self._expansion = 1.0  # bytes of activations for each byte of inputs, the last time
+        self._expansion = (
+            1.0  # bytes of activations for each byte of inputs, in the last forward pass
+        )
         self._written_bytes = 0
 
     def capacity(self, batch: Batch) -> int:
-        """How many samples like those of a batch go at once, so that memory stays in its budget.
+        """How many samples like those of a batch fit in the memory budget at once.
 
         Activations are estimated to be in proportion to the inputs, as they were the last time.
         """
@@ -111,7 +113,7 @@ class Vectorised:
         return max(1, min(written, int(budget / max(1.0, kept))))
 
     def chunk_size(self, batch: Batch) -> int:
-        """How many samples of a batch go at once, so that the chunks are equal in size."""
+        """How many samples of a batch are run at once, so that the chunks are equal in size."""
         return math.ceil(batch.size / math.ceil(batch.size / self.capacity(batch)))
 
     def forward(self, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded:
@@ -126,8 +128,8 @@ class Vectorised:
         mode = PerSampleMode(protected, batch.size, assembly)
         terms = self._run(batch, mode)
         found = tuple(leaves(terms.grad_fn))
-        # A rule and a copy cut the graph. A parameter at its end was used past both: in an
-        # autograd.Function, or in a scripted module.
+        # Rules and copies detach the weight. So a parameter that the graph still leads to was used
+        # where no call is seen: in an autograd.Function, or in a scripted module.
         ends = set(map(id, found))
         unseen = {name for name, parameter in protected.items() if id(parameter) in ends}
         self.fallback |= dict.fromkeys(unseen, UNSEEN)
@@ -159,7 +161,7 @@ class Vectorised:
                 self.reads = self.reads or mode.reads
 
         with warnings.catch_warnings():
-            # An operation that vmap does in a loop is no news to the user: the result is the same.
+            # Where vmap runs an operation in a loop, the result is the same: no warning is needed.
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             found: Tensor = torch.func.vmap(
                 run_one, in_dims=tuple(batch.dims), randomness="different"

@@ -3,7 +3,7 @@
 A model seldom uses a parameter just as it is. It takes parts of it, casts it, adds one to it,
 normalises it, or computes it from other parameters. None of this involves the samples, so it runs
 once, as usual, and autograd records it. What meets the samples in the end is an *effective
-weight*: a tensor with a graph and without samples. A parameter that is used as it is, is one too.
+weight*: a tensor with a graph and without samples. A parameter itself is one, too.
 """
 
 from collections.abc import Collection, Mapping
@@ -19,22 +19,22 @@ from ewc.fisher.paths.graph import leaves
 
 
 class Weight:
-    """One effective weight `q`, in the state in which it met the samples.
+    """One effective weight `q`, as it was when it met the samples.
 
     Args:
         tensor: The tensor.
         parameters: The protected parameters that it is made of, by name.
 
     Attributes:
-        parameters: The same.
+        parameters: The same, without those that have fallen back to the loop since.
         is_parameter: Whether it is itself one of them.
-        edge: Where its graph begins, which later writes into the tensor do not change; a parameter
-            has none.
+        edge: Its edge in autograd's graph, which later writes into the tensor do not change; a
+            parameter has none.
         layout: A tensor of its shape, strides and dtype, without memory of its own.
         device: Where it lies.
         uses: How many operations have used it.
-        lacks_rule: Whether one of these took a copy per sample, for want of a rule.
-        received: The gradients that have come back to its uses, and were not squared yet.
+        lacks_rule: Whether one of these had no rule, and took a copy per sample.
+        received: The gradients of its uses that were received, and not squared yet.
     """
 
     def __init__(self, tensor: Tensor, parameters: dict[str, Tensor]) -> None:
@@ -57,7 +57,7 @@ class Weight:
 
     @property
     def is_complete(self) -> bool:
-        """Whether a gradient has come back to every use."""
+        """Whether the gradient of every use was received."""
         return len(self.received) == self.uses
 
     def take(self) -> Gradient:
@@ -75,11 +75,11 @@ class Weights:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        # A key holds its node, so that no other node is taken for it.
+        # A key holds its node alive, so that no later node has the same identity.
         self._found: dict[Any, Weight | None] = {}
 
     def __getitem__(self, tensor: Tensor) -> Weight | None:
-        """The weight that `tensor` is; None if no protected parameter is in its graph."""
+        """The weight of a tensor; None if no protected parameter is in its graph."""
         name = self._names.get(id(tensor))
         if name is None and tensor.grad_fn is None:
             return None

@@ -1,8 +1,8 @@
-"""The layers of a sharded model: parameters that are gathered together.
+"""The layers of a sharded model: a layer's parameters are gathered in one step.
 
 A layer is what `fully_shard` was applied to, or else a module with sharded parameters. The model
-runs on stand-ins: ordinary parameters that hold whole values while their layer is gathered, and no
-memory otherwise. Gathering is a collective.
+runs on placeholders: ordinary parameters that hold whole values while their layer is gathered, and
+no memory otherwise. Gathering is a collective.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,14 +22,14 @@ Holders = list[tuple[nn.Module, str]]
 
 
 @dataclass(eq=False)
-class StandIn:
-    """What the model runs on in place of one parameter.
+class Placeholder:
+    """What the model uses instead of one parameter.
 
     Attributes:
         original: The model's own parameter, sharded or not.
-        parameter: The stand-in; for a parameter that is not sharded, the original.
-        released: The values of the stand-in while its layer is not gathered: NaN without memory,
-            so that no use goes unnoticed.
+        parameter: The placeholder; for a parameter that is not sharded, the original.
+        released: The values of the placeholder while its layer is not gathered: NaN without memory,
+            so that any use by mistake shows.
         holders: The modules that hold the original.
         name: The name of the original, if it is collected.
         squares: The whole sum of its squares in the present run, once there are some.
@@ -45,8 +45,8 @@ class StandIn:
     @classmethod
     def of_sharded(
         cls, original: nn.Parameter, holders: Holders, name: str | None, dtype: torch.dtype | None
-    ) -> "StandIn":
-        """The stand-in of a sharded parameter, in another dtype if there is one."""
+    ) -> "Placeholder":
+        """The placeholder of a sharded parameter, in another dtype if one is given."""
         device = original.device_mesh.device_type  # type: ignore[attr-defined]
         nan = torch.full((), torch.nan, dtype=dtype or original.dtype, device=device)
         released = nan.expand(original.shape)
@@ -54,12 +54,12 @@ class StandIn:
         return cls(original, parameter, released, holders, name)
 
     @classmethod
-    def of_whole(cls, original: nn.Parameter, name: str) -> "StandIn":
-        """A parameter that is not sharded stands for itself."""
+    def of_whole(cls, original: nn.Parameter, name: str) -> "Placeholder":
+        """A parameter that is not sharded is its own placeholder."""
         return cls(original, original, original.detach(), [], name)
 
     def gathered(self) -> Tensor:
-        """The whole values, contiguous, in the dtype and on the device of the stand-in."""
+        """The whole values, contiguous, in the dtype and on the device of the placeholder."""
         from torch.distributed.tensor import DTensor
 
         part = local(self.original.detach()).to(self.released.device, self.released.dtype)
@@ -83,61 +83,61 @@ class StandIn:
         )
 
     def add_own_part(self, squares: Tensor, ranks: Ranks, sums: Tensor) -> None:
-        """Add up whole squares over the processes, and the part of this process to `sums`."""
+        """Sum whole squares over the processes, and add the shard of this process to `sums`."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         mesh = self.original.device_mesh  # type: ignore[attr-defined]
         groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
         summands = [Partial() if ranks.shards_data_over(g) else Replicate() for g in groups]
-        spread = DTensor.from_local(squares, mesh, summands, run_check=False)
-        spread = spread.redistribute(mesh, self.original.placements)  # type: ignore[attr-defined]
+        distributed = DTensor.from_local(squares, mesh, summands, run_check=False)
+        distributed = distributed.redistribute(mesh, self.original.placements)  # type: ignore[attr-defined]
         part = local(sums)
-        part.add_(local(spread).to(part.device))
+        part.add_(local(distributed).to(part.device))
 
 
 @dataclass(eq=False)
 class Layer:
-    """Parameters that are gathered together.
+    """Parameters that are gathered in one step.
 
     Attributes:
         name: The name of its (first) module.
-        stand_ins: Its parameters.
+        placeholders: Those of its parameters.
         inputs: The dtype that its mixed precision casts inputs to.
         outputs: The dtype that its mixed precision casts outputs to.
         depth: How many of its modules are running.
-        is_gathered: Whether the stand-ins hold whole values.
+        is_gathered: Whether the placeholders hold whole values.
     """
 
     name: str
-    stand_ins: list[StandIn]
+    placeholders: list[Placeholder]
     inputs: torch.dtype | None = None
     outputs: torch.dtype | None = None
     depth: int = 0
     is_gathered: bool = False
 
     def gather(self) -> None:
-        """Give the stand-ins whole values. A collective."""
-        with outside_of_everything():
-            for each in self.stand_ins:
+        """Give the placeholders whole values. A collective."""
+        with outside_modes():
+            for each in self.placeholders:
                 each.parameter.data = each.gathered()
         self.is_gathered = True
 
     def release(self) -> None:
         """Release the memory of the whole values."""
-        with outside_of_everything():
-            for each in self.stand_ins:
+        with outside_modes():
+            for each in self.placeholders:
                 each.parameter.data = each.released
         self.is_gathered = False
 
     def put_in(self) -> None:
-        """Put the stand-ins into the modules."""
-        for each in self.stand_ins:
+        """Put the placeholders into the modules."""
+        for each in self.placeholders:
             for module, key in each.holders:
                 module._parameters[key] = each.parameter
 
     def take_out(self) -> None:
         """Put the originals back into the modules."""
-        for each in self.stand_ins:
+        for each in self.placeholders:
             for module, key in each.holders:
                 module._parameters[key] = each.original
 
@@ -149,7 +149,7 @@ class Call:
     Attributes:
         module: The module.
         layer: The layer.
-        casts: Whether inputs and outputs of the call are cast, as its mixed precision says.
+        casts: Whether inputs and outputs of the call are cast to the dtypes of the layer.
     """
 
     module: nn.Module
@@ -177,10 +177,10 @@ def divide(
     protected_names = {id(parameter): name for name, parameter in protected.items()}
     taken: set[int] = set()
 
-    def stand_in(parameter: nn.Parameter, dtype: torch.dtype | None) -> StandIn:
+    def placeholder(parameter: nn.Parameter, dtype: torch.dtype | None) -> Placeholder:
         taken.add(id(parameter))
         name = protected_names.get(id(parameter))
-        return StandIn.of_sharded(parameter, holders[id(parameter)], name, dtype)
+        return Placeholder.of_sharded(parameter, holders[id(parameter)], name, dtype)
 
     layers: list[Layer] = []
     calls: list[Call] = []
@@ -191,7 +191,7 @@ def divide(
         sharded = [p.sharded_param for g in state._fsdp_param_groups for p in g.fsdp_params]
         layer = Layer(
             names[module],
-            [stand_in(parameter, policy.param_dtype) for parameter in sharded],
+            [placeholder(parameter, policy.param_dtype) for parameter in sharded],
             policy.param_dtype if policy.cast_forward_inputs else None,
             policy.output_dtype,
         )
@@ -201,11 +201,11 @@ def divide(
         own = [p for p in module._parameters.values() if p is not None and is_sharded(p)]
         own = [parameter for parameter in own if id(parameter) not in taken]
         if own:
-            layers.append(Layer(name, [stand_in(parameter, None) for parameter in own]))
+            layers.append(Layer(name, [placeholder(parameter, None) for parameter in own]))
     # Checkpointing runs a part of a layer again, without the module that it was gathered for.
     called = {(call.module, call.layer) for call in calls}
     for layer in layers:
-        for module, _ in chain.from_iterable(each.holders for each in layer.stand_ins):
+        for module, _ in chain.from_iterable(each.holders for each in layer.placeholders):
             if (module, layer) not in called:
                 called.add((module, layer))
                 calls.append(Call(module, layer, casts=False))
@@ -213,7 +213,7 @@ def divide(
 
 
 @contextmanager
-def outside_of_everything() -> Iterator[None]:
+def outside_modes() -> Iterator[None]:
     """Leave `vmap`, all function modes, and autograd in this context."""
     with ExitStack() as stack:
         stack.enter_context(_vmap.outside())

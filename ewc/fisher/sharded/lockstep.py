@@ -1,8 +1,8 @@
 """Runs a sharded model on several processes in lockstep.
 
-To run one layer, all processes must gather it together. So all of them run the model equally
-often, and a process without samples left runs a sample of the others that does not count. And all
-decide alike which method a parameter takes: on the same first samples.
+Gathering a layer is a collective, so all processes must run the model equally often. A process that
+has no samples left runs one that does not count. All processes verify the methods on the same
+samples, so that each parameter takes the same method on all of them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +27,7 @@ class LockStep:
 
     Args:
         model: Gathers the layers.
-        ranks: The processes.
+        ranks: The processes that run it.
         runner: Reads the samples that the processes share.
     """
 
@@ -47,26 +47,26 @@ class LockStep:
         return None if found is None else self._runner.read(found[0], targets_required=False)
 
     def end_verification(self) -> None:
-        """Forget which squares were not finite: the samples come again where they belong."""
+        """Reset which squares were finite; the first samples are run again in their batch."""
         self._model.assume_finite()
 
     def bundles(
         self, reading: Reading, batches: Iterable[Batch], vectorised: Vectorised | None
     ) -> Iterator[Bundle | None]:
-        """As many samples as fit in memory, for as long as any process has some."""
+        """Parts of batches that fit in memory, as long as any process has samples."""
         pieces = self._pieces(batches, vectorised)
         piece = next(pieces, None)
         while self._ranks.barrier("the next samples", piece is not None):
-            yield None if piece is None else Bundle.of_one(reading.place, piece)
+            yield None if piece is None else Bundle.of_one(reading.index, piece)
             piece = next(pieces, None)
 
     def _pieces(self, batches: Iterable[Batch], vectorised: Vectorised | None) -> Iterator[Batch]:
         for batch in batches:
             size = 1
             if vectorised is not None and batch.vectorisable:
-                # The loop takes single samples; a model that reads values may branch on them.
-                alone = vectorised.fallback or vectorised.reads
-                size = 1 if alone else vectorised.chunk_size(batch)
+                # The loop runs single samples; samples of a model that reads values may branch.
+                is_single = vectorised.fallback or vectorised.reads
+                size = 1 if is_single else vectorised.chunk_size(batch)
             for start in range(0, batch.size, size):
                 yield batch.take(start, min(start + size, batch.size))
 
@@ -77,11 +77,11 @@ class LockStep:
     def adding_to(
         self, sums: Mapping[str, Tensor], *, is_counted: bool = True
     ) -> AbstractContextManager[Mapping[str, Tensor]]:
-        """Whole totals, which are added up over the processes as soon as a layer is finished."""
+        """Whole sums of this process, added up over the processes when a layer is finished."""
         return self._model.adding_to(sums, is_counted)
 
     def groups(self, divergence: DivergentBranches, batch: Batch) -> list[list[int]]:
-        """None: other processes would not run these groups.
+        """Refuse to run groups, because other processes would not run them.
 
         Raises:
             ValueError: Always.
@@ -106,7 +106,7 @@ class LockStep:
     def are_finite(self, sums: Mapping[str, Tensor]) -> Tensor:
         """For each sum, whether all squares of this process were finite.
 
-        The sums hold those of other processes, too, which know in which batch theirs were found.
+        `sums` cannot tell: they hold the squares of other processes, too, of other batches.
         """
         device = self._runner.device
         return torch.stack([self._model.finite[name].to(device) for name in sums])

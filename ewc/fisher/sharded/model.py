@@ -1,12 +1,13 @@
-"""A sharded model, run as if it were whole.
+"""Runs a sharded model as if it were whole.
 
 The hooks of `fully_shard`, which gather a layer before it is used and release it afterwards, do
 not work inside `vmap`. During a collection they are replaced: each layer is gathered for its
 forward pass, and again when the reverse pass comes to it. Its squares are added up over the
-processes as soon as the reverse pass has left it. So no process holds more than a layer whole.
+processes as soon as the reverse pass comes to another layer. So a process holds the whole values
+of one layer at a time, and in the forward pass those of the layers around it.
 
-Processes gather a layer together, so they must go through the layers in the same order. Before
-each gathering they meet at a barrier, and none waits for another that has failed.
+Gathering is a collective, so all processes must gather the same layers in the same order. Before
+each gathering there is a barrier, so that none waits for another that has failed.
 """
 
 import copy
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
 
-from ewc.fisher.sharded.layers import Call, Layer, StandIn, divide, outside_of_everything
+from ewc.fisher.sharded.layers import Call, Layer, Placeholder, divide, outside_modes
 from ewc.processes.layout import fsdp_states, is_sharded
 from ewc.processes.ranks import Ranks
 
@@ -28,50 +29,51 @@ _PARALLEL = ("torch.distributed.fsdp", "torch.distributed.tensor")
 
 
 class _Saved(NamedTuple):
-    """What autograd saves of a gathered parameter: where it was, not its values."""
+    """What autograd saves of a gathered parameter: which part of it, not the values."""
 
     layer: Layer
-    stand_in: StandIn
+    placeholder: Placeholder
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
 
 class ShardedModel:
-    """Runs a sharded model whole, one layer at a time; a context manager.
+    """Runs a sharded model, gathering one layer at a time; a context manager.
 
     Args:
         model: The model; some of its parameters are `DTensor`s.
         parameters: The parameters to collect, by name.
-        ranks: The processes that run it together.
+        ranks: The processes that run it.
 
     Attributes:
-        parameters: What to differentiate by in place of each parameter, by name.
-        stand_ins: The names of the parameters that have a stand-in.
-        finite: Whether all squares of this process's own samples were finite so far, by name.
+        parameters: The parameters by name, each sharded one replaced by its placeholder.
+        placeholder_names: The names of the parameters that have a placeholder.
+        finite: Whether all squares of this process's own samples were finite so far, by
+            parameter.
     """
 
     def __init__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], ranks: Ranks
     ) -> None:
         self.parameters: dict[str, nn.Parameter] = dict(parameters)
-        self.stand_ins = frozenset(name for name, p in parameters.items() if is_sharded(p))
+        self.placeholder_names = frozenset(name for name, p in parameters.items() if is_sharded(p))
         self._model = model
         self._protected = parameters
         self._ranks = ranks
         self._whole = [
-            StandIn.of_whole(p, name) for name, p in parameters.items() if not is_sharded(p)
+            Placeholder.of_whole(p, name) for name, p in parameters.items() if not is_sharded(p)
         ]
         self._layers: list[Layer] = []
         self._stack = ExitStack()
         self._in_reverse: Layer | None = None
-        self._storages: dict[int, tuple[Layer, StandIn]] = {}
+        self._storages: dict[int, tuple[Layer, Placeholder]] = {}
         self._sums: Mapping[str, Tensor] = {}
         self._is_counted = True
         self.assume_finite()
 
     def assume_finite(self) -> None:
-        """Forget which squares were not finite."""
+        """Assume again that all squares are finite."""
         self.finite = {name: torch.tensor(True) for name in self._protected}
 
     def __enter__(self) -> Self:
@@ -80,7 +82,7 @@ class ShardedModel:
                 module.reshard()  # type: ignore[operator]
             self._layers, calls = divide(self._model, self._protected)
             for layer in self._layers:
-                for each in layer.stand_ins:
+                for each in layer.placeholders:
                     if each.name is not None:
                         self.parameters[each.name] = each.parameter
             for module in self._model.modules():
@@ -102,7 +104,7 @@ class ShardedModel:
         self.reset()
 
     def reset(self) -> None:
-        """Release what a run, perhaps interrupted, still holds."""
+        """Release all layers that are gathered, after a run that may have been interrupted."""
         self._in_reverse = None
         for layer in self._layers:
             layer.depth = 0
@@ -116,18 +118,18 @@ class ShardedModel:
         """Add up the squares of a run over all processes.
 
         Args:
-            sums: For each parameter, where this process's part is added.
-            is_counted: Whether this process's samples count. Samples that it runs only because
-                others still have some do not.
+            sums: For each parameter, the sum to which this process adds its shard of the squares.
+            is_counted: Whether this process's samples count. Samples that it only runs because
+                other processes still have some do not count.
 
         Yields:
-            For each parameter, where the squares of this process's samples are added, whole.
+            For each parameter a whole sum, to which this process adds the squares of its samples.
         """
-        sharded = [each for layer in self._layers for each in layer.stand_ins]
+        sharded = [each for layer in self._layers for each in layer.placeholders]
         by_name = {s.name: s for s in (*sharded, *self._whole) if s.name is not None}
         self._sums, self._is_counted = sums, is_counted
         try:
-            yield _Squares(by_name)
+            yield _SumsOnDemand(by_name)
             for layer in self._layers:
                 self._add_up(layer)
             for each in self._whole:
@@ -163,14 +165,14 @@ class ShardedModel:
         return before, after
 
     def _gather(self, layer: Layer) -> None:
-        with outside_of_everything():
+        with outside_modes():
             self._ranks.barrier(f"the parameters of {layer.name!r}")
         layer.gather()
-        for each in layer.stand_ins:
+        for each in layer.placeholders:
             self._storages[each.parameter.data.untyped_storage()._cdata] = layer, each
 
     def _release(self, layer: Layer) -> None:
-        for each in layer.stand_ins:
+        for each in layer.placeholders:
             self._storages.pop(each.parameter.data.untyped_storage()._cdata, None)
         layer.release()
 
@@ -194,14 +196,14 @@ class ShardedModel:
                 self._release(self._in_reverse)
             self._gather(saved.layer)
             self._in_reverse = saved.layer
-        return saved.stand_in.parameter.data.as_strided(saved.size, saved.stride, saved.offset)
+        return saved.placeholder.parameter.data.as_strided(saved.size, saved.stride, saved.offset)
 
     def _add_up(self, layer: Layer) -> None:
         """Add up the squares of a layer over the processes."""
-        found = [(each, each.squares) for each in layer.stand_ins if each.squares is not None]
+        found = [(each, each.squares) for each in layer.placeholders if each.squares is not None]
         if not found:
             return
-        with outside_of_everything():
+        with outside_modes():
             self._ranks.barrier(f"the squares of {layer.name!r}")
             for each, squares in found:
                 each.squares = None
@@ -216,23 +218,23 @@ class ShardedModel:
         self.finite[name] = self.finite[name].to(squares.device) & squares.sum().isfinite()
 
 
-class _Squares(Mapping[str, Tensor]):
+class _SumsOnDemand(Mapping[str, Tensor]):
     """For each parameter a whole sum of squares, made when it is first asked for."""
 
-    def __init__(self, stand_ins: Mapping[str, StandIn]) -> None:
-        self._stand_ins = stand_ins
+    def __init__(self, placeholders: Mapping[str, Placeholder]) -> None:
+        self._placeholders = placeholders
 
     def __getitem__(self, name: str) -> Tensor:
-        stand_in = self._stand_ins[name]
-        if stand_in.squares is None:
-            stand_in.squares = stand_in.zeros()
-        return stand_in.squares
+        placeholder = self._placeholders[name]
+        if placeholder.squares is None:
+            placeholder.squares = placeholder.zeros()
+        return placeholder.squares
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._stand_ins)
+        return iter(self._placeholders)
 
     def __len__(self) -> int:
-        return len(self._stand_ins)
+        return len(self._placeholders)
 
 
 def _is_parallel(hook: Any) -> bool:
