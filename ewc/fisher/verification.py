@@ -80,7 +80,8 @@ def _verify(
     )
 
     def run() -> None:
-        with coordination.adding_to(sums) as own_sums:
+        # In the precision of the loop, so that rounding makes no difference between methods.
+        with full_precision(), coordination.adding_to(sums) as own_sums:
             try:
                 runner.reverse(runner.record(vectorised, batch, own_sums))
             except DivergentBranches:

@@ -243,4 +243,4 @@ def test_row_39_recurrent_layers_on_an_accelerator(kind, layer):
     _, ewc = make(kind, model.train().cuda(), n_tasks=0)
     ewc.consolidate(make_task())
     for name, one in ewc.fisher.items():
-        torch.testing.assert_close(one.cpu(), expected[name], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(one.cpu().double(), expected[name], rtol=1e-3, atol=1e-6)
