@@ -142,17 +142,17 @@ def test_the_reference_has_all_public_names() -> None:
     assert [name for name in names if name not in shown] == []
 
 
-def test_the_map_of_the_house_has_every_module() -> None:
+def test_the_table_of_the_architecture_has_every_module() -> None:
     page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
-    rooms = []
+    listed = []
     for row in re.findall(r"^\| (`ewc/.*?`) \|", page, re.MULTILINE):
         folder = ""
         for name in re.findall(r"`([^`]+)`", row):  # the first with its folder, the rest without
             folder = name.rpartition("/")[0] if "/" in name else folder
-            rooms.append(f"{folder}/{name.rpartition('/')[2]}")
+            listed.append(f"{folder}/{name.rpartition('/')[2]}")
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ewc").rglob("*.py")}
     folders = {name for name in modules if name.endswith("/__init__.py")} - {"ewc/__init__.py"}
-    assert sorted(rooms) == sorted(modules - folders)
+    assert sorted(listed) == sorted(modules - folders)
 
 
 def test_every_page_is_in_the_contents() -> None:

@@ -45,7 +45,7 @@ class Accumulator:
         self._coordination = coordination
         self._methods = methods
         self._used: Mapping[str, Method] = {} if isinstance(methods, str) else methods.methods
-        self._batches = self._looped = 0
+        self._batches = self._single_runs = 0
         self._unchecked: list[tuple[Bundle, Tensor]] = []
 
     @property
@@ -58,7 +58,7 @@ class Accumulator:
     @property
     def is_slow(self) -> bool:
         """Whether the loop took more than a few runs for each batch, on average."""
-        return self._looped > A_FEW * self._batches
+        return self._single_runs > A_FEW * self._batches
 
     def add(self, bundle: Bundle) -> None:
         """Add the squares of the batches of a bundle."""
@@ -92,17 +92,17 @@ class Accumulator:
                 self._add_chunk(chunk, own_sums)
 
     def _add_chunk(self, chunk: Batch, own_sums: Mapping[str, Tensor]) -> None:
-        left = self._add_vectorised(chunk, own_sums)
-        if left:
-            self._looped += chunk.size
-            for name in self._runner.loop(chunk, own_sums, left.keys()):
-                self.reasons.setdefault(name, left[name])
+        fallback = self._add_vectorised(chunk, own_sums)
+        if fallback:
+            self._single_runs += chunk.size
+            for name in self._runner.loop(chunk, own_sums, fallback.keys()):
+                self.reasons.setdefault(name, fallback[name])
 
     def _add_vectorised(self, chunk: Batch, own_sums: Mapping[str, Tensor]) -> dict[str, str]:
         """Add the squares of the parameters that do not fall back to the loop.
 
         Returns:
-            Why the others do, by name.
+            Why each of the others falls back, by name.
         """
         if not chunk.vectorisable:
             return dict.fromkeys(self.sums, OBJECTS)

@@ -121,7 +121,7 @@ def collect(
         quota = None if max_samples is None else ranks.quota(max_samples)
         reading = Reading(batches, quota, runner.read, restore)
         found = _run(runner, coordination, reading, sums)
-        return _over_all(ranks, found, truncated=reading.truncated)
+        return _combined(ranks, found, truncated=reading.truncated)
 
 
 def _run(
@@ -131,25 +131,25 @@ def _run(
     batches = iter(reading)
     first = next(batches, None)
     own = None if first is None else first.take(0, min(2, first.size))
-    few = coordination.verification_batch(own)
-    if few is None:
+    verified_on = coordination.verification_batch(own)
+    if verified_on is None:
         return Accumulator(runner, coordination, sums, "there are no samples")
     with naming(reading.index):
-        methods = verify(runner, coordination, few, sums)
+        methods = verify(runner, coordination, verified_on, sums)
     coordination.end_verification()
     accumulator = Accumulator(runner, coordination, sums, methods)
     vectorised = None if isinstance(methods, str) else methods
     remaining = batches if first is None else chain([first], batches)
     for bundle in coordination.bundles(reading, remaining, vectorised):
         if bundle is None:
-            accumulator.run_uncounted(few.take(0, 1))
+            accumulator.run_uncounted(verified_on.take(0, 1))
         else:
             accumulator.add(bundle)
     accumulator.end()
     return accumulator
 
 
-def _over_all(ranks: Ranks, found: Accumulator, *, truncated: bool) -> Squares:
+def _combined(ranks: Ranks, found: Accumulator, *, truncated: bool) -> Squares:
     """Add up the sums of all processes, and gather what each reports."""
     sums = found.sums
     ranks.barrier("the sums")
