@@ -123,6 +123,10 @@ class TestPage:
 
 
 class TestCommands:
+    @pytest.fixture(autouse=True)
+    def each_run_once(self, harness: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(harness, "SHORTEST", 0.0)
+
     def run(self, module: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         module.main(["--quick", "--rounds=1", *arguments])
         printed = capsys.readouterr().out
@@ -229,7 +233,6 @@ class TestCommands:
         monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path,
     ) -> None:
-        monkeypatch.setattr(harness, "SHORTEST", 0.0)
         gpu = importlib.import_module("gpu")
         if not torch.cuda.is_available():
             with pytest.raises(SystemExit, match="needs an accelerator"):
@@ -257,11 +260,9 @@ class TestCommands:
 
     def test_gpu_measures_every_column_however_short_the_time(
         self,
-        harness: ModuleType,
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(harness, "SHORTEST", 0.0)
         gpu = importlib.import_module("gpu")
         monkeypatch.setattr(gpu, "QUICK", gpu.QUICK[:1])
         printed = self.run(gpu, capsys, "--seconds=0")
