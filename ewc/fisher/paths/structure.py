@@ -54,13 +54,16 @@ class Structures:
         for weight in weights:
             for name in weight.parameters:
                 by_name.setdefault(name, []).append(weight)
+        made_of = {
+            name: made
+            for name, made in by_name.items()
+            if len(made) > 1 or not made[0].is_parameter
+        }
         undecided = {}
-        for name, made in by_name.items():
-            if len(made) == 1 and made[0].is_parameter:
-                continue
-            edges = [weight.edge for weight in made if not weight.is_parameter]
+        for name, made in made_of.items():
             if name in self._joint:
                 continue
+            edges = [weight.edge for weight in made if not weight.is_parameter]
             needs_values = self.in_lockstep and keeps_tensors(edges)
             if len(edges) < len(made) or is_hooked or needs_values:
                 self._joint.add(name)
@@ -76,7 +79,7 @@ class Structures:
                 graph = describe(undecided[name])
                 if graph is not None:
                     self._separate[name] = graph
-        return self._joint & by_name.keys()
+        return self._joint & made_of.keys()
 
 
 def lead_back(
