@@ -282,7 +282,7 @@ def _zero_names(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
     """
     device = next(iter(fisher.values())).device
     nonzero = torch.stack([local(each).any().to(device) for each in fisher.values()])
-    ranks.barrier("which Fishers are zero")
+    ranks.barrier("which Fisher entries are zero")
     any_nonzero = ranks.maximum(nonzero.to(torch.uint8)).tolist()
     names = [name for name, flag in zip(fisher, any_nonzero, strict=True) if not flag]
     if len(names) == len(fisher):

@@ -115,7 +115,7 @@ class OnlineEWC(EWC):
 
 
 class DecayedMerging(Merging):
-    """The decayed sum of Fishers around the latest anchor, and a prior.
+    """The decayed sum of the Fisher information around the latest anchor, and a prior.
 
     Args:
         decay: gamma.

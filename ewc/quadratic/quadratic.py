@@ -34,8 +34,8 @@ class Quadratic:
     def plus(self, fisher: Tensor, anchor: Tensor) -> tuple["Quadratic", Tensor]:
         r"""The sum of this quadratic and that of one more task.
 
-        With `A` for the sum of the Fishers so far, `mu` for this anchor and `theta*` for the new
-        one,
+        With `A` for the Fisher information summed so far, `mu` for this anchor and `theta*` for
+        the new one,
 
             A' = A + F,   mu' = mu + F/A' (theta* - mu),   c' = c + sum of A F/A' |theta* - mu|^2,
 
