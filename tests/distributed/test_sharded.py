@@ -390,3 +390,41 @@ def outputs_that_cannot_be_tried_out(rank: int, world: int) -> None:
 
 def test_outputs_that_cannot_be_tried_out(two: Workers) -> None:
     two.run(outputs_that_cannot_be_tried_out)
+
+
+class Made(nn.Module):
+    """Learned queries through layers of their own, and positions that are made of a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(2, 6))
+        self.make = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 6))
+        self.position = nn.Parameter(torch.randn(1, 6))
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.cat([self.position, self.position.sin(), self.position * 2])
+        x = x + positions[: x.shape[1]]
+        queries = self.make(self.queries).expand(len(x), -1, -1)
+        return self.head(F.scaled_dot_product_attention(queries, x, x).mean(1))
+
+
+def made_weights(rank: int, world: int) -> set[str]:
+    torch.manual_seed(0)
+    model = Made()
+    batches = [
+        (torch.randn(size, length, 6), torch.randint(CLASSES, (size,)))
+        for size, length in ((7, 2), (3, 1))
+    ]
+    sums = [oracle.empirical(model, batch) for batch in batches]
+    expected = {name: (one + sums[1][name]) / 10 for name, one in sums[0].items()}
+    for child in (model.make, model.head, model):
+        fully_shard(child)
+    ewc = EWC(model, Classification())
+    summary = ewc.consolidate([batches[rank]])
+    assert_whole(ewc.fisher, expected)
+    return set(summary.paths.values())
+
+
+def test_weights_made_of_parameters_and_ranks_that_differ_in_size_and_length(two: Workers) -> None:
+    assert two.run(made_weights) == [{"rule"}] * 2

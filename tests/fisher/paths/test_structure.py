@@ -1,13 +1,16 @@
 """Weights that depend on their parameters in another way in each batch."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from functools import reduce
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ewc import EWC, Classification
 from tests.support.fisher import TYPES, data, double, holds
 from tests.support.rules import Applied
 
@@ -39,6 +42,13 @@ def masked_past_its_version(p: Tensor, task: int) -> Tensor:
     return (SHARED[:, None, None] * p).flatten(0, 1)
 
 
+def hooked(p: Tensor, task: int) -> Tensor:
+    w = p.exp()
+    if task:
+        w.register_hook(lambda g: g.clamp(-0.1, 0.1))
+    return w
+
+
 CHANGING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "masks": lambda x, p, t: F.linear(x, (MASKS[t, :, None] * p).flatten(0, 1)[:3]),
     "masks that come to overlap": lambda x, p, t: F.linear(
@@ -55,6 +65,7 @@ CHANGING: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "one part of several": lambda x, p, t: x * p.unbind()[0].view(3) + p.unbind()[1 - t].view(3),
     "slices that are written": lambda x, p, t: F.linear(x, written(p, t)),
     "a mask written past its version": lambda x, p, t: F.linear(x, masked_past_its_version(p, t)),
+    "a hook of a later batch": lambda x, p, t: F.linear(x, hooked(p, t)),
     "the number of uses": lambda x, p, t: reduce(lambda h, _: (h @ p.t()).tanh(), range(t + 1), x),
 }
 
@@ -92,3 +103,47 @@ class Hypernetwork(nn.Module):
 def test_a_hypernetwork_with_another_task_in_each_batch(fisher_type: str) -> None:
     batches = [((x, torch.tensor(n % 3)), y) for n, (x, y) in enumerate(data(3))]
     holds(double(Hypernetwork), batches, fisher_type, once=True)
+
+
+class Gated(nn.Module):
+    """Writes the mask of a task into a buffer in each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.randn(3, 3))
+        self.register_buffer("mask", torch.ones(3))
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        self.mask.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])[int(task)])
+        return F.linear(x, self.p * self.mask)
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+def test_a_mask_that_each_forward_pass_writes(fisher_type: str) -> None:
+    torch.manual_seed(0)
+    batches = [
+        ((x, torch.tensor(task)), y)
+        for task, (x, y) in zip((0, 1, 0), data(3, sizes=(5, 1, 3)), strict=True)
+    ]
+    holds(Gated().double(), batches, fisher_type, once=True)
+
+
+def test_copies_leave_no_cycle() -> None:
+    def run(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+        return torch.linalg.multi_dot([x, p.exp(), q])  # has no rule
+
+    net = Applied(run, (3, 3), (3, 3)).double()
+    alive: list[int] = []
+
+    def batches() -> Iterator[Any]:
+        for batch in data(3, sizes=(4,) * 6):
+            alive.append(sum(issubclass(type(each), Tensor) for each in gc.get_objects()))
+            yield batch
+
+    gc.collect()
+    gc.disable()
+    try:
+        EWC(net, Classification()).consolidate(batches())
+    finally:
+        gc.enable()
+    assert max(alive[2:]) == min(alive[2:]), alive

@@ -78,6 +78,8 @@ MADE: dict[str, tuple[Function, tuple[int, ...]]] = {
     "one number": (lambda p: p.exp() * torch.eye(3).double().cumsum(0), ()),
     "one number twice": (lambda p: torch.cat([p, p, p.new_ones(7)]).view(3, 3), (1,)),
     "heights": (lambda p: p.softmax(0).cumsum(0).expand(3, 3) * torch.eye(3).double(), (3,)),
+    "a stencil": (lambda p: p.expand(3) * torch.tensor([1.0, -3.0, -1.0]).double()[:, None], (3,)),
+    "another stencil": (lambda p: torch.stack([p, p * -2, p * 2]), (3,)),
     "loosely coupled": (lambda p: p + 1e-8 * p.flip(0), (3, 3)),
     "repeated rows": (lambda p: p[torch.tensor([0, 1, 0])], (2, 3)),
     "put next to itself": (lambda p: torch.cat([p, p])[:3], (2, 3)),
