@@ -51,8 +51,8 @@ class OnlineEWC(EWC):
         max_samples: As for `EWC`.
         process_group: As for `EWC`.
         decay: gamma, in `[0, 1]`.
-        prior_precision: A number `>= 0`, or `{name: tensor}` of the parameters' shapes. Names that
-            are left out, and rows that a parameter gains later, have no prior. It is added once,
+        prior_precision: A number `>= 0`, or `{name: tensor}` of the parameters' shapes. Names
+            that it lacks have no prior, nor do rows that a parameter gains later. It is added once,
             from a parameter's first consolidation on, and multiplied by `strength` alone.
 
     Raises:

@@ -82,7 +82,7 @@ def interleave(
         rounds: How many rounds.
         runs: For contenders whose call is not one run but several: how many.
         clock: `clock(run, repeats)` gives the seconds of several runs; None for the host's clock.
-        seconds: After so many, no further round begins; the first always does.
+        seconds: The time after which no round begins; the first round always does.
     """
     start = time.perf_counter()
     timed = _timed if clock is None else clock

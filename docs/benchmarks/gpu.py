@@ -242,7 +242,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         default=150.0,
-        help="after so many no peer and no further round begins (default: 150)",
+        help="the time after which no peer and no round begins (default: 150)",
     )
 
 

@@ -166,7 +166,7 @@ class PerSampleMode(TorchFunctionMode):
         if not at_level:  # inside a transform of the model's own, to which no rule applies
             return func(*self._with_copies(args), **self._with_copies(kwargs))
         meets = self._meets(args, kwargs)
-        if not meets and func is F.linear and self._is_generator(*args, **kwargs):
+        if not meets and func is F.linear and self._is_generator(args):
             with _vmap.beneath():
                 input = self.samples(args[0])
             args, meets = (self._logical(input), *args[1:]), True
@@ -205,7 +205,7 @@ class PerSampleMode(TorchFunctionMode):
                         weights = self.weights[each] is not None
         return weights and samples
 
-    def _is_generator(self, *args: Any, **kwargs: Any) -> bool:
+    def _is_generator(self, args: tuple[Any, ...]) -> bool:
         """Whether a linear layer makes a weight smaller than its own, as in a hypernetwork.
 
         To run it once for each sample, by the rule of `F.linear`, then costs less than to lead

@@ -175,12 +175,17 @@ def _tested(
 
 
 def _back(weight: Weight, gradient: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`J^T g` by name, in at least float32; of a gradient that broadcasts to the weight."""
+    """`J^T g` by name, of a gradient that broadcasts to the weight.
+
+    In float64, where the device has it: products of two small slopes underflow in float32, and two
+    zeros are equal.
+    """
     found = lead_back([weight], [gradient.expand(weight.layout.shape)], list(parameters.values()))
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
     return {
-        name: torch.zeros(p.shape, device=p.device)
+        name: torch.zeros(p.shape, dtype=wide, device=p.device)
         if g is None
-        else g.to_dense().to(torch.promote_types(g.dtype, torch.float32))
+        else g.to_dense().to(wide)
         for (name, p), g in zip(parameters.items(), found, strict=True)
     }
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewc import EWC, Classification
+from tests import oracle
 from tests.support.fisher import TYPES, data, double, holds
 from tests.support.rules import Applied
 
@@ -147,3 +148,21 @@ def test_copies_leave_no_cycle() -> None:
     finally:
         gc.enable()
     assert max(alive[2:]) == min(alive[2:]), alive
+
+
+def test_small_slopes_in_single_precision() -> None:
+    """Their products underflow, and two zeros are equal."""
+    torch.manual_seed(0)
+    head = torch.randn(3, 65)
+
+    def run(x: Tensor, p: Tensor) -> Tensor:
+        made = torch.cat([p, p.new_zeros(63), p])  # twice, in different digits of the index
+        return F.linear(x + x * (made * 1e-15), head)
+
+    net = Applied(run, (1,))
+    batches = [(torch.randn(size, 65), torch.randint(3, (size,))) for size in (4, 3)]
+    ewc = EWC(net, Classification())
+    summary = ewc.consolidate(iter(batches))
+    assert set(summary.paths.values()) == {"rule"}
+    found, expected = ewc.fisher["values.0"], oracle.fisher(net, batches)["values.0"]
+    assert (found / expected - 1).abs() < 1e-4
