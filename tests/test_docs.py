@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ewc
 import ewc.fisher
 import ewc.likelihoods
-from tests.support.pages import blocks
+from tests.support.pages import blocks, run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,10 +43,7 @@ HYPNETTORCH = [
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": page.stem}
-    for line, code in blocks(page.read_text(encoding="utf-8")):
-        # Blank lines in front, so that a traceback shows the page's own line numbers.
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    run(page)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +82,20 @@ def test_the_checks_run_the_commands_of_the_readme() -> None:
     assert second in readme
     assert second in checks
     assert 'pip install -e ".[examples]" && python docs/examples/permuted_digits.py' in readme
+
+
+def test_the_links_of_the_readme_work_on_a_package_index() -> None:
+    """They are absolute, into this repository, and lead to files that are there."""
+    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert targets
+    here = re.compile(
+        r"https://(?:github\.com/ewc-developers/ewc/blob|raw\.githubusercontent\.com/ewc-developers/ewc)"
+        r"/main/([^#]+)"
+    )
+    for target in targets:
+        assert target.startswith("https://"), target
+        match = here.match(target)
+        assert match is None or (ROOT / match[1]).is_file(), target
 
 
 def with_examples() -> list[object]:
