@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from ewc import EWC, _vmap
-from ewc.fisher.numerics import _PRODUCTS
 from ewc.processes.layout import local
+from tests.support import precision
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _process() -> dict[str, Any]:
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
-        "precision of products": [backend.fp32_precision for backend in _PRODUCTS],
+        "precision of products": precision.settings(),
         "cuDNN": torch.backends.cudnn.enabled,
         "level of vmap": _vmap.level(),
         "function modes": list(_get_current_function_mode_stack()),
