@@ -8,22 +8,25 @@ so that the model, `forward` and the likelihood always get a batch as the loader
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ewc.data.calling import split_inputs
+from ewc.data.objects import unread
 from ewc.data.reader import Reader, Slot
-from ewc.data.structures import children, is_scalar, rebuild
+from ewc.data.structures import children, holds_tensors, is_scalar, rebuild
 
 
 @dataclass(frozen=True)
 class Batch:
     """One batch: its structure, and the leaves that are split into samples.
 
-    Split are tensors of at least one dimension, and lists and tuples of one object per sample.
-    All samples share tensors of no dimension, and plain scalars, strings and `None`.
+    Split are tensors of at least one dimension, and lists and tuples of one object per sample
+    (which may be tensors, mappings or lists). All samples share tensors of no dimension, and plain
+    scalars, strings and `None`.
 
     Attributes:
         size: The number of samples, which may be 0.
@@ -36,7 +39,13 @@ class Batch:
 
     @classmethod
     def read(
-        cls, raw: Any, *, batch_dim: int, device: torch.device, targets_required: bool
+        cls,
+        raw: Any,
+        *,
+        batch_dim: int,
+        device: torch.device,
+        targets_required: bool,
+        known: dict[str, bool] | None = None,
     ) -> "Batch":
         """Read what a loader yielded.
 
@@ -46,12 +55,14 @@ class Batch:
                 tensors it is always dimension 0.
             device: Where the tensors are moved.
             targets_required: Whether a bare tensor, which has no targets, is an error.
+            known: For each path, whether the list there holds one entry per sample, as earlier
+                batches have shown; added to.
 
         Raises:
             InvalidBatch: The structure is not supported, targets are required and missing, no leaf
                 can be split, or the leaves have different numbers of samples.
         """
-        reader = Reader(batch_dim, device)
+        reader = Reader(batch_dim, device, known)
         structure = reader.read(raw, targets_required=targets_required)
         return cls(reader.size, structure, tuple(reader.leaves), tuple(reader.dims))
 
@@ -90,8 +101,8 @@ class Batch:
 
     @property
     def vectorisable(self) -> bool:
-        """Whether `vmap` can run over the samples: every leaf that is split is a tensor."""
-        return all(isinstance(leaf, Tensor) for leaf in self._leaves)
+        """Whether `vmap` can run over the samples, unless objects are read: there are tensors."""
+        return any(isinstance(leaf, Tensor) for leaf in self._leaves)
 
     def take(self, start: int, stop: int) -> "Batch":
         """The batch of the samples from `start` to `stop - 1`, not copied."""
@@ -102,18 +113,18 @@ class Batch:
         return replace(self, size=stop - start, _leaves=leaves)
 
     def pick(self, samples: Sequence[int]) -> "Batch":
-        """The batch of the samples with these indices, copied; the batch must be `vectorisable`."""
-        leaves = tuple(
+        """The batch of the samples with these indices; its tensors are copied."""
+        leaves = (
             leaf.index_select(dim, torch.tensor(samples, device=leaf.device))
-            for leaf, dim in zip(self._leaves, self._leaf_dims, strict=True)
             if isinstance(leaf, Tensor)
+            else _like(leaf, [leaf[n] for n in samples])
+            for leaf, dim in zip(self._leaves, self._leaf_dims, strict=True)
         )
-        return replace(self, size=len(samples), _leaves=leaves)
+        return replace(self, size=len(samples), _leaves=tuple(leaves))
 
     def copied(self) -> "Batch":
         """A copy in memory of its own; a loader may reuse its own memory for the next batch."""
-        leaves = (_copy(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves)
-        return replace(self, _leaves=tuple(leaves))
+        return replace(self, _leaves=tuple(map(_copied, self._leaves)))
 
     def joins(self, other: "Batch") -> bool:
         """Whether `joined` can join the two: they differ in nothing but their samples."""
@@ -127,30 +138,47 @@ class Batch:
     def joined(batches: "Sequence[Batch]") -> "Batch":
         """One batch of the samples of all `batches`, copied; each of them must join the first."""
         first = batches[0]
-        leaves = []
-        for index, dim in enumerate(first._leaf_dims):
-            parts = [cast("Tensor", batch._leaves[index]) for batch in batches]
-            joined = torch.cat([part.detach() for part in parts], dim)
-            leaves.append(joined.requires_grad_(parts[0].requires_grad))
+        leaves: list[Tensor | Sequence[Any]] = []
+        for index, leaf in enumerate(first._leaves):
+            parts: list[Any] = [batch._leaves[index] for batch in batches]
+            if isinstance(leaf, Tensor):
+                joined = torch.cat([part.detach() for part in parts], first._leaf_dims[index])
+                leaves.append(joined.requires_grad_(leaf.requires_grad))
+            else:
+                leaves.append(_like(leaf, list(chain.from_iterable(parts))))
         return replace(first, size=sum(batch.size for batch in batches), _leaves=tuple(leaves))
 
     def of_one(self, tensors: Sequence[Tensor]) -> Any:
-        """A batch of one sample in the loader's structure; the batch must be `vectorisable`.
+        """A batch of one sample in the loader's structure, with placeholders for its objects.
 
         Args:
             tensors: The sample inside `vmap`: for each of `self.tensors`, its entry without the
                 dimension of the samples.
         """
-        return _fill(
-            self._structure,
-            [tensor.unsqueeze(dim) for tensor, dim in zip(tensors, self.dims, strict=True)],
-        )
+        entries = iter(tensors)
+        leaves = [
+            next(entries).unsqueeze(dim) if isinstance(leaf, Tensor) else unread(leaf)
+            for leaf, dim in zip(self._leaves, self._leaf_dims, strict=True)
+        ]
+        return _fill(self._structure, leaves)
 
 
 def _copy(tensor: Tensor) -> Tensor:
     """A copy outside the tensor's graph, with the same `requires_grad`."""
     copied = tensor.detach().clone()
     return copied.requires_grad_() if tensor.requires_grad else copied
+
+
+def _copied(leaf: Tensor | Sequence[Any]) -> Tensor | Sequence[Any]:
+    """A leaf in memory of its own."""
+    if isinstance(leaf, Tensor):
+        return _copy(leaf)
+    return _like(leaf, [_fill(each, ()) if holds_tensors(each) else each for each in leaf])
+
+
+def _like(leaf: Sequence[Any], entries: list[Any]) -> Sequence[Any]:
+    """A list or a tuple, as `leaf` is one."""
+    return entries if isinstance(leaf, list) else tuple(entries)
 
 
 def _fill(structure: Any, leaves: Sequence[Tensor | Sequence[Any]]) -> Any:
@@ -167,6 +195,8 @@ def _fill(structure: Any, leaves: Sequence[Tensor | Sequence[Any]]) -> Any:
 
 def _can_be_concatenated(one: Any, other: Any, dim: int) -> bool:
     """Whether two leaves can be concatenated along `dim` and cut apart again without a change."""
+    if type(one) is type(other) and type(one) in (list, tuple):
+        return True
     return (
         type(one) is type(other) is Tensor
         and one.dtype == other.dtype

@@ -16,7 +16,7 @@ _LABELS = "labels"
 
 
 def apply(
-    model: nn.Module, raw: Any, forward: Forward | None = None
+    model: nn.Module, raw: Any, forward: Forward | None = None, *, whole: bool = False
 ) -> tuple[Any, tuple[Any, ...]]:
     """Run a model on a batch.
 
@@ -27,6 +27,7 @@ def apply(
             `model(*inputs)` for a list or tuple of inputs; `model(**inputs)` for a mapping, and
             for a batch that is itself a mapping, without its `labels`; else `model(inputs)`, also
             for a list of one object per sample.
+        whole: Whether a list of inputs holds one entry per sample, and is passed as it is.
 
     Returns:
         The outputs, or their `.logits` if they have any, and `rest`: what follows the inputs.
@@ -42,7 +43,7 @@ def apply(
         keywords: Mapping[str, Any] = {}
         if isinstance(inputs, Mapping):
             arguments, keywords = (), inputs
-        elif isinstance(inputs, (list, tuple)) and holds_tensors(inputs):
+        elif isinstance(inputs, (list, tuple)) and holds_tensors(inputs) and not whole:
             arguments = tuple(inputs)
         try:
             outputs = model(*arguments, **keywords)

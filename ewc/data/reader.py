@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ewc.data.calling import forward_template
-from ewc.data.structures import describe, holds_tensors, is_scalar, rebuild
+from ewc.data.lists import Lists
+from ewc.data.structures import children, describe, holds_tensors, is_scalar, rebuild
 from ewc.errors import InvalidBatch
 
 _RULE = (
@@ -36,6 +37,8 @@ class Reader:
     Args:
         batch_dim: The dimension of the samples in tensors of two dimensions or more.
         device: Where the tensors are moved.
+        known: For each path, whether the list there holds one entry per sample, as earlier batches
+            have shown; added to.
 
     Attributes:
         leaves: The leaves that are split: tensors, and lists or tuples of one object per sample.
@@ -43,7 +46,9 @@ class Reader:
         size: The number of samples.
     """
 
-    def __init__(self, batch_dim: int, device: torch.device) -> None:
+    def __init__(
+        self, batch_dim: int, device: torch.device, known: dict[str, bool] | None = None
+    ) -> None:
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(
                 f"a likelihood's batch_dim must be an integer >= 0; found {batch_dim!r}. Fix: the "
@@ -54,6 +59,7 @@ class Reader:
         self.size = 0
         self._batch_dim = batch_dim
         self._device = device
+        self._known = {} if known is None else known
         self._paths: list[str] = []  # for each leaf the expression that an error names it by
 
     def read(self, raw: Any, *, targets_required: bool) -> Any:
@@ -84,6 +90,7 @@ class Reader:
                 f"{describe(raw)}. Fix: yield (inputs, targets), or choose "
                 'fisher_type="exact" or "mc", which need no targets.'
             )
+        self._lists = Lists(raw, self._batch_dim, self._known)
         structure = self._read(raw, "batch", is_batch=True)
         self.size = self._common_size(raw)
         return structure
@@ -110,31 +117,41 @@ class Reader:
             raise InvalidBatch(
                 f"all parts of a batch must hold the same number of samples; found{found}\n"
                 "Fix: one entry per sample in each of them (along the likelihood's batch_dim, "
-                f"{self._batch_dim}; along 0 if there is one dimension). A value that all samples "
-                "share must be a tensor of no dimension or a plain scalar, or be used in forward."
+                f"{self._batch_dim}; along 0 if there is one dimension; a list of what belongs to "
+                "each sample has as many entries). A value that all samples share must be a tensor "
+                f"of no dimension or a plain scalar, or be used in forward.{self._time_first()}"
             )
         return sizes[0]
 
+    def _time_first(self) -> str:
+        """A hint, if the samples seem to lie along dimension 1 of all tensors that have one."""
+        along = {0: set[int](), 1: set[int]()}
+        for leaf in self.leaves:
+            if isinstance(leaf, Tensor):
+                along[min(1, leaf.dim() - 1)].add(leaf.shape[min(1, leaf.dim() - 1)])
+        if self._batch_dim != 0 or not all(along.values()) or len(along[0] | along[1]) > 1:
+            return ""
+        return (
+            " If the samples lie along dimension 1 (time first), a likelihood with batch_dim = 1: "
+            "Custom(likelihood.nll, batch_dim=1), or a subclass,\n"
+            "    class TimeFirst(Classification):\n"
+            "        batch_dim = 1"
+        )
+
     def _read(self, value: Any, path: str, *, is_batch: bool = False) -> Any:
         """The structure of `value`; its leaves are appended to `leaves`."""
-        if isinstance(value, PackedSequence):
-            raise InvalidBatch(
-                "the samples of a batch must lie along a dimension of its tensors; found a "
-                f"PackedSequence at {path}. Fix: pass the padded tensor and its lengths, and pack "
-                "in forward:\n"
-                "    def forward(model, batch):\n"
-                "        padded, targets, lengths = batch\n"
-                "        return model(pack_padded_sequence(padded, lengths.cpu(), "
-                "enforce_sorted=False))"
-            )
+        _refuse_packed(value, path)
         if isinstance(value, Tensor):
             return self._read_tensor(value, path)
         if isinstance(value, (Mapping, list, tuple)):
             keyed: Iterable[tuple[Any, Any]] = enumerate(value)
             if isinstance(value, Mapping):
                 keyed = value.items()
-            elif value and not is_batch and not holds_tensors(value):
-                return self._slot(value, 0, path)
+            elif value and not is_batch:
+                if not holds_tensors(value):
+                    return self._slot(value, 0, path)
+                if self._lists.hold_samples(value, path):
+                    return self._slot(self._entry(value, path), 0, path)
             return rebuild(value, [self._read(item, _path(path, key)) for key, item in keyed])
         if is_scalar(value):
             return value
@@ -145,6 +162,16 @@ class Reader:
             "    def forward(model, batch):\n"
             f"        return model(make_{type(value).__name__.lower()}({path}))"
         )
+
+    def _entry(self, value: Any, path: str) -> Any:
+        """What belongs to one sample, or a list of such, with its tensors on the device."""
+        _refuse_packed(value, path)
+        if isinstance(value, Tensor):
+            return _moved(value, self._device)
+        items = children(value)
+        if items is None or not holds_tensors(value):
+            return value
+        return rebuild(value, [self._entry(item, f"{path}[...]") for item in items])
 
     def _read_tensor(self, tensor: Tensor, path: str) -> Any:
         if tensor.is_nested or tensor.layout is not torch.strided:
@@ -170,6 +197,19 @@ class Reader:
         self.dims.append(dim)
         self._paths.append(path)
         return Slot(len(self.leaves) - 1)
+
+
+def _refuse_packed(value: Any, path: str) -> None:
+    if isinstance(value, PackedSequence):
+        raise InvalidBatch(
+            "the samples of a batch must lie along a dimension of its tensors; found a "
+            f"PackedSequence at {path}. Fix: pass the padded tensor and its lengths, and pack "
+            "in forward:\n"
+            "    def forward(model, batch):\n"
+            "        padded, targets, lengths = batch\n"
+            "        return model(pack_padded_sequence(padded, lengths.cpu(), "
+            "enforce_sorted=False))"
+        )
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ewc.data.objects import Unread
+
 
 def describe(value: Any) -> str:
     """The structure of a value in one line: types, and the shape and dtype of each tensor."""
@@ -36,11 +38,14 @@ def describe(value: Any) -> str:
 def children(value: Any) -> list[Any] | None:
     """The items of a list, a tuple or a mapping (its values); None if `value` is none of these.
 
-    A `PackedSequence`, which is a tuple in Python, counts as one object.
+    A `PackedSequence`, which is a tuple in Python, counts as one object, and so does the
+    placeholder of a list of objects.
     """
+    if isinstance(value, (PackedSequence, Unread)):
+        return None
     if isinstance(value, Mapping):
         return list(value.values())
-    if isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence):
+    if isinstance(value, (list, tuple)):
         return list(value)
     return None
 

@@ -1,7 +1,7 @@
 """Runs the model of one collection by each of the methods; restores it after each run."""
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from ewc._autocast import without_autocast
 from ewc._options import FisherType
 from ewc.data.batch import Batch
 from ewc.data.calling import Forward, apply
+from ewc.data.lists import INPUTS
 from ewc.fisher import terms
 from ewc.fisher.numerics import without_cudnn
 from ewc.fisher.paths.loop import run_loop
@@ -33,6 +34,7 @@ class Runner:
         restore: Undoes what a run has changed in the model.
         hooked: The names of the parameters whose gradients the loop squares in hooks, so that it
             does not hold them all: the placeholders of a sharded model.
+        known_lists: For each path in a batch, whether the list there holds one entry per sample.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Runner:
     randomness: Randomness
     restore: Callable[[], None]
     hooked: Set[str] = frozenset()
+    known_lists: dict[str, bool] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -72,11 +75,12 @@ class Runner:
             batch_dim=self.likelihood.batch_dim,
             device=self.device if device is None else device,
             targets_required=targets_required,
+            known=self.known_lists,
         )
 
     def outputs(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
         """Run the model: its outputs, and the other arguments of the likelihood."""
-        return apply(self.model, raw, self.forward)
+        return apply(self.model, raw, self.forward, whole=self.known_lists.get(INPUTS, False))
 
     def terms(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
         """What is differentiated, `[K, samples]`."""

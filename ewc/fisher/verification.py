@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ewc.data.batch import Batch
+from ewc.data.objects import ObjectsRead
 from ewc.errors import InvalidBatch
 from ewc.fisher.coordination import Coordination
 from ewc.fisher.mixing import Runs, refuse_mixing
@@ -18,7 +19,7 @@ from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
 from ewc.fisher.terms import NoTensorOutputs, surrogate_terms
 
-OBJECTS = "a batch holds lists of objects, which vmap cannot split"
+OBJECTS = "a batch holds lists of objects only, which vmap cannot split"
 _NO_TENSOR = "targets are drawn, and the model returns no tensor to verify vmap on"
 _DIFFERS = "its gradient under vmap differs from that of a single sample"
 
@@ -114,6 +115,8 @@ def confirmed(error: Exception, again: Callable[[], object]) -> str:
     Raises:
         Exception: `error`, or another one that was not raised again.
     """
+    if isinstance(error, ObjectsRead):
+        return str(error)
     reason = _described(error)
     faults = {_pattern(reason): error}  # those that were not raised again
     for _ in range(2):

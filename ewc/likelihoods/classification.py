@@ -1,7 +1,7 @@
 """Class labels under a softmax."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ class Classification(Pointwise, takes_batches=True):
     - one fewer, `[N]` or `[N, d1, ...]`: class indices within the head, of any integer type;
     - the same, `[N, H]` or `[N, H, d1, ...]`: one-hot, of any type, or probabilities p, whose NLL
       is the expected one, the sum over c of -p[c] * log softmax(outputs)[c].
+
+    A boolean tensor `[N]` or `[N, d1, ...]` after the targets is a mask: positions where it is
+    False contribute nothing. 1-D integers there (ids, lengths, task labels) are ignored.
 
     Exact Fisher: the expectation over the H classes of each position, H backwards per position.
     Targets then only say which positions count, and may be absent; present ones are validated.
@@ -78,6 +81,10 @@ class Classification(Pointwise, takes_batches=True):
                 f"found {describe(logits)}. Fix: the model's outputs, in forward."
             )
         return head_of(logits, self.allowed_outputs, dim=1)
+
+    @override
+    def positions(self, head: Tensor, /) -> Sequence[int]:
+        return _indices_shape(head)
 
     @override
     def read_targets(self, head: Tensor, targets: Tensor, mask: Tensor | None, /) -> Targets:

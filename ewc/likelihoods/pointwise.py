@@ -7,7 +7,7 @@ position contributes; masks, weights, heads, transforms, and the sums over posit
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from typing_extensions import override
 from ewc._options import FisherType
 from ewc.data.structures import describe
 from ewc.errors import InvalidBatch
+from ewc.likelihoods.extras import read_masks, restrict
 from ewc.likelihoods.faults import Fault, any_true, match_dims, weights_fault
 from ewc.likelihoods.heads import head_of, real_tensor
 from ewc.likelihoods.likelihood import Likelihood, redefines
@@ -50,10 +51,14 @@ class Pointwise(Likelihood):
     """The base class of likelihoods of positions that are independent given the outputs.
 
     The NLL of a sample is the sum over its positions. One obligation, `position_nll`; define
-    `position_sample` for `fisher_type="mc"`, and `position_terms` for `"exact"`. `head` and
-    `read_targets` say which outputs and targets are valid: real outputs `[N, ...]` and finite
-    targets of the same shape, unless a subclass says otherwise. All five see whole batches, batches
-    of one inside vmap, or, within `TimeSeries`, steps as samples.
+    `position_sample` for `fisher_type="mc"`, and `position_terms` for `"exact"`. `head`,
+    `positions` and `read_targets` say which outputs and targets are valid: real outputs `[N, ...]`
+    and finite targets of the same shape, unless a subclass says otherwise. All six see whole
+    batches, batches of one inside vmap, or, within `TimeSeries`, steps as samples.
+
+    What follows the targets in a batch: a boolean tensor of the positions' shape is a mask, and
+    where it is False, outputs and targets may hold anything. Ids, lengths and task labels (1-D
+    integers), strings and other objects are ignored; anything else is an error.
 
     Example:
         >>> class Poisson(Pointwise):
@@ -127,13 +132,21 @@ class Pointwise(Likelihood):
             )
         return head_of(values, self.allowed_outputs, dim=-1)
 
+    def positions(self, head: Tensor, /) -> Sequence[int]:
+        """The shape `[n, *positions]` of what `position_nll` returns, which is that of a mask.
+
+        Args:
+            head: What `head` returned.
+        """
+        return head.shape
+
     def read_targets(self, head: Tensor, targets: Tensor, mask: Tensor | None, /) -> Targets:
         """Validate the targets of a batch, and say which positions count.
 
         Args:
             head: What `head` returned.
             targets: The targets of the batch, transformed.
-            mask: `[n]`, False for samples that do not count; None: all count.
+            mask: `[n]` or `[n, *positions]`, False where nothing counts; None: all count.
 
         Raises:
             InvalidBatch: Their shape or type is wrong. Values are not read here: see `Fault`.
@@ -150,7 +163,7 @@ class Pointwise(Likelihood):
         fault = Fault(
             ~targets.isfinite(),
             f"targets must be finite (as {head.dtype}); found NaN or infinite ones. Fix: leave "
-            "their samples out, or mask their steps (TimeSeries).",
+            "their samples out, or mask them, with a boolean tensor after the targets.",
         )
         return Targets(targets, mask, (fault,))
 
@@ -161,7 +174,8 @@ class Pointwise(Likelihood):
 
     @override
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
-        return self.weighted_nll(outputs, self.targets_in(rest, required=True), None)
+        targets = self.targets_in(rest, required=True)
+        return self.weighted_nll(outputs, targets, self._mask_in(outputs, rest))
 
     @override
     def sample(self, outputs: Any, /) -> Tensor:
@@ -169,11 +183,13 @@ class Pointwise(Likelihood):
 
     @override
     def sampled_nll(self, outputs: Any, /, *rest: Any) -> Tensor:
-        return self.weighted_sampled_nll(outputs, self.targets_in(rest, required=False), None)
+        targets = self.targets_in(rest, required=False)
+        return self.weighted_sampled_nll(outputs, targets, self._mask_in(outputs, rest))
 
     @override
     def exact_terms(self, outputs: Any, *rest: Any) -> Tensor:
-        return self.weighted_exact_terms(outputs, self.targets_in(rest, required=False), None)
+        targets = self.targets_in(rest, required=False)
+        return self.weighted_exact_terms(outputs, targets, self._mask_in(outputs, rest))
 
     @override
     def supports(self, fisher_type: FisherType) -> bool:
@@ -215,7 +231,8 @@ class Pointwise(Likelihood):
         Args:
             outputs: The model's outputs for n samples.
             targets: What `targets_in` returned.
-            weights: `[n]`, boolean or >= 0. Where it is 0, outputs and targets may hold anything.
+            weights: `[n]` or `[n, *positions]`, boolean or >= 0. Where it is 0, outputs and targets
+                may hold anything.
         """
         observed = self._observe(outputs, targets, weights)
         assert observed.targets is not None  # `targets_in` required them
@@ -240,6 +257,14 @@ class Pointwise(Likelihood):
         if terms.dim() == 2:
             return terms
         return terms.flatten(2).transpose(1, 2).flatten(0, 1)
+
+    def _mask_in(self, outputs: Any, rest: tuple[Any, ...]) -> Tensor | None:
+        """The mask of the positions `[n, *positions]` in a batch; None if it has none."""
+        name = type(self).__name__
+        mask: Tensor | None = None
+        for each in read_masks(rest[1:], lambda: [self.positions(self.head(outputs))], name):
+            mask = restrict(mask, each)
+        return mask
 
     def _observe(self, outputs: Any, targets: Tensor | None, weights: Tensor | None) -> _Observed:
         """Validate the values of a batch, and replace those that do not count by 0."""

@@ -20,7 +20,8 @@ class Regression(Pointwise, takes_batches=True):
 
     The constant of the Gaussian, which has no gradient, is left out. Outputs are `[N, ...]`;
     targets have exactly the shape of the outputs (of the allowed ones, if `allowed_outputs` is
-    given): they are never broadcast.
+    given): they are never broadcast. A boolean tensor of that shape after the targets is a mask:
+    outputs where it is False contribute nothing. 1-D integers there (ids, lengths) are ignored.
 
     Exact Fisher: one term y[d] / sqrt(variance[d]) for each output d. Targets are not needed;
     present ones are validated.

@@ -9,6 +9,7 @@ from ewc._options import FisherType
 from ewc.data.structures import describe
 from ewc.errors import InvalidBatch
 from ewc.likelihoods.classification import Classification
+from ewc.likelihoods.extras import read_masks, restrict
 from ewc.likelihoods.heads import real_tensor
 from ewc.likelihoods.likelihood import Likelihood, redefines
 from ewc.likelihoods.pointwise import Pointwise
@@ -24,8 +25,9 @@ class TimeSeries(Likelihood, takes_batches=True):
     Outputs are `[S, N, F]`: S steps, N samples. Targets are those of the step, with the dimensions
     of time and samples in front: `[S, N]` or `[S, N, F]`. A 2-D tensor right after the targets is a
     mask `[S, N]`, boolean or weights >= 0 that multiply the NLL of a step; where it is 0, outputs
-    and targets may hold anything. 1-D extras (ids, lengths) are ignored. With `batch_first`, all of
-    these are `[N, S, ...]`.
+    and targets may hold anything. Any other boolean tensor after the targets, of that shape or
+    that of all positions (`[S, N, F]` of a `Regression`), is a mask, too; 1-D integers (ids,
+    lengths) are ignored. With `batch_first`, all of these are `[N, S, ...]`.
 
     Exact Fisher: a sum over the terms of all steps.
 
@@ -115,21 +117,36 @@ class TimeSeries(Likelihood, takes_batches=True):
                 f"for outputs {list(outputs.shape)}; found {describe(targets)}. Fix: their shape, "
                 f"in target_transform, or TimeSeries(batch_first={not self.batch_first})."
             )
-        mask = rest[1] if len(rest) > 1 and isinstance(rest[1], Tensor) else None
-        if mask is not None and mask.dim() < 2:
-            mask = None
-        if mask is not None and mask.shape != outputs.shape[:2]:
-            raise InvalidBatch(
-                f"the mask that TimeSeries takes must be [{self._order}] for outputs "
-                f"{list(outputs.shape)}; found {describe(mask)}. Fix: its shape; or, if it is not "
-                "a mask, its position in the batch: a tensor of two dimensions or more right after "
-                "the targets is one."
-            )
+        steps = outputs.flatten(0, 1)
         return (
-            outputs.flatten(0, 1),
+            steps,
             None if targets is None else targets.flatten(0, 1),
-            None if mask is None else mask.flatten(),
+            self._weights_in(rest, outputs, steps),
         )
+
+    def _weights_in(self, rest: tuple[Any, ...], outputs: Tensor, steps: Tensor) -> Tensor | None:
+        """The mask or weights of the steps, `[S * N]` or `[S * N, *positions]`."""
+        order = list(outputs.shape[:2])
+        extras = list(rest[1:])
+        weights: Tensor | None = None
+        if extras and isinstance(extras[0], Tensor) and extras[0].dim() == 2:
+            if list(extras[0].shape) != order:
+                raise InvalidBatch(
+                    f"the mask that TimeSeries takes must be [{self._order}] for outputs "
+                    f"{list(outputs.shape)}; found {describe(extras[0])}. Fix: its shape; or, if "
+                    "it is not a mask, leave it out: a tensor of two dimensions right after the "
+                    "targets is one."
+                )
+            weights = extras[0].flatten()
+            extras[0] = None
+
+        def shapes() -> list[list[int]]:
+            positions = [*order, *self.step.positions(self.step.head(steps))[1:]]
+            return [order] if positions == order else [order, positions]
+
+        for mask in read_masks(extras, shapes, type(self).__name__):
+            weights = restrict(weights, mask.flatten(0, 1))
+        return weights
 
     @property
     def _order(self) -> str:

@@ -48,8 +48,8 @@ class TestSamples:
         _, listed, tupled, *shared = read(parts).take(1, 3).raw
         assert (listed, tupled) == (["b", "c"], ("f", "g"))
         assert shared == [3, None, 5.0]
-        assert not read(parts).vectorisable
-        assert read((x(), 3, "shared", None, torch.tensor(5.0))).vectorisable
+        assert read(parts).vectorisable
+        assert not read((["a", "b"], [object(), object()])).vectorisable
 
     def test_a_batch_may_have_no_samples(self) -> None:
         batch = read((torch.zeros(0, 3), torch.zeros(0), []))
@@ -84,6 +84,10 @@ class TestSamples:
         assert torch.equal(picked.raw[0], data[[2, 0]])
         assert torch.equal(picked.raw[1], data[[2, 0], 0])
         assert torch.equal(read((data,), batch_dim=1).pick([1]).raw[0], data[:, 1:2])
+        assert read((data, list("abcd"), tuple("efgh"))).pick([2, 0]).raw[1:] == (
+            ["c", "a"],
+            ("g", "e"),
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -156,6 +160,7 @@ class TestJoining:
             lambda n: Pair(x(n), torch.arange(n)),
             lambda n: Encoding({"a": x(n)}, note="same"),
             lambda n: (x(n).requires_grad_(), torch.arange(n)),
+            lambda n: (x(n), [f"key {i}" for i in range(n)], tuple(range(n))),
         ],
     )
     def test_batches_of_equal_structure(self, make: Any) -> None:
@@ -202,7 +207,7 @@ class TestJoining:
             ((x(), x()), (x(), x(), x())),
             ({"a": x(), "labels": x()}, {"labels": x(), "a": x()}),
             (Encoding({"a": x()}, note="one"), Encoding({"a": x()}, note="other")),
-            ((x(), ["a", "b", "c", "d"]), (x(), ["a", "b", "c", "d"])),
+            ((x(), ["a", "b", "c", "d"]), (x(), ("a", "b", "c", "d"))),
         ],
     )
     def test_batches_that_differ_are_not_joined(self, one: Any, other: Any) -> None:

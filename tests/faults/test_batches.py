@@ -191,6 +191,38 @@ def test_row_13_regression_targets_of_another_shape(kind):
         refused(kind, [(x, wrong)], found, "never broadcast", likelihood=Regression())
 
 
+@pytest.mark.parametrize("counts", [(2, 2), (0, 3)])
+def test_row_13a_one_list_of_objects_per_sample(kind, counts):
+    def nll(outputs, targets):
+        rows = [each["c"].double().sum() + 1 for each in targets]
+        return outputs.square().sum(1) * torch.stack(rows)
+
+    x, _ = make_task(size=2)[0]
+    targets = [{"c": torch.arange(1, 1 + n)} for n in counts]
+    model, ewc = make(kind, n_tasks=0)
+    ewc.consolidate([(x, targets)], likelihood=Custom(nll))
+
+    def losses(model, n):
+        return nll(model(x[n : n + 1]), targets[n : n + 1])
+
+    expected = oracle.squares(model, losses, 2)
+    assert_close(ewc.fisher, {name: each / 2 for name, each in expected.items()})
+    parts = ("batch[0]: 2", "batch[1]: 3 in [{'c'", "as many entries")
+    refused(kind, [(x, [*targets, {"c": torch.ones(4)}])], *parts, likelihood=Custom(nll))
+
+
+def test_row_13b_a_mask_or_weights_after_the_targets(kind):
+    x, y = make_task(size=6)[0]
+    mask = torch.tensor([1, 1, 0, 1, 0, 1]).bool()
+    model, ewc = make(kind, n_tasks=0)
+    assert ewc.consolidate([(x, torch.where(mask, y, 99), mask)]).samples == 6
+    expected = oracle.fisher(model, [(x[mask], y[mask])])
+    assert_close(ewc.fisher, {name: each * 4 / 6 for name, each in expected.items()})
+    for extra in (torch.rand(6), torch.rand(6, 2), torch.ones(6, 2).bool()):
+        parts = ("a boolean mask", "as rest[1]", "((x, extra), y)", "weights * Classification")
+        refused(kind, [(x, y, extra)], "in batch 0", *parts)
+
+
 @pytest.mark.parametrize(
     ("nll", "parts"),
     [

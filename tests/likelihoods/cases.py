@@ -74,6 +74,13 @@ def gaussian(y: Tensor, target: Tensor, variance: Tensor) -> Tensor:
     return -(Normal(y, scale).log_prob(target) + scale.log() + 0.5 * math.log(2 * math.pi)).sum()
 
 
+def garbled(
+    outputs: Tensor, targets: Tensor, garbage: float, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch whose targets are `garbage` where `mask` is False."""
+    return outputs, torch.where(mask, targets, garbage).to(targets.dtype), mask
+
+
 def labellings(head: Tensor, positions: list[tuple[int, ...]]) -> Outcomes:
     """All joint labels of positions with logits `head[position]`, as one flat tensor."""
     p = torch.stack([head[position].softmax(0) for position in positions])
@@ -135,6 +142,11 @@ def classification_cases() -> dict[str, Case]:
         targets[:1] = -100
         return normal(n, 3, 2, 2), targets
 
+    def masked_pixels(outputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return *garbled(outputs, targets, 99, torch.rand(targets.shape) < 0.6), torch.arange(
+            len(targets)
+        )
+
     head = [4, 1, 2]
     return {
         "indices": Case(
@@ -145,7 +157,12 @@ def classification_cases() -> dict[str, Case]:
         ),
         "indices, ids and lengths": Case(
             Classification(),
-            lambda n: (normal(n, 4), torch.randint(0, 4, (n,)), torch.arange(n), torch.ones(n)),
+            lambda n: (
+                normal(n, 4),
+                torch.randint(0, 4, (n,)),
+                torch.arange(n),
+                torch.ones(n).int(),
+            ),
             lambda o, t, *_: categorical(o[0], t[0]),
             plain,
         ),
@@ -160,6 +177,33 @@ def classification_cases() -> dict[str, Case]:
             lambda n: (normal(n, 4), torch.eye(4)[torch.randint(0, 4, (n,))]),
             lambda o, t: categorical(o[0], t[0].argmax()),
             plain,
+        ),
+        "masked": Case(
+            Classification(),
+            lambda n: garbled(normal(n, 4), torch.randint(0, 4, (n,)), 99, torch.rand(n) < 0.7),
+            lambda o, t, m: categorical(o[0], t[0]) if m else o.sum() * 0,
+            plain,
+        ),
+        "pixels, masked and ignored": Case(
+            Classification(),
+            lambda n: masked_pixels(*ignoring(n)),
+            lambda o, t, m, *_: pixel_reference(o, torch.where(m, t, -100)),
+            pixels,
+        ),
+        "probable pixels, two masks": Case(
+            Classification(),
+            lambda n: (
+                normal(n, 3, 2),
+                torch.randn(n, 3, 2).softmax(1),
+                torch.rand(n, 2) < 0.7,
+                torch.arange(n),
+                torch.rand(n, 2) < 0.7,
+            ),
+            lambda o, t, a, _, b: torch.stack(
+                [o.sum() * 0]
+                + [categorical(o[0, :, i], t[0, :, i]) for i in range(2) if a[0, i] and b[0, i]]
+            ).sum(),
+            pixels,
         ),
         "probabilities": Case(
             Classification(),
@@ -212,6 +256,27 @@ def regression_cases() -> dict[str, Case]:
             lambda n: (normal(n, 2, 5), normal(n, 2, 3), torch.arange(n)),
             lambda o, t, _: gaussian(o[..., 1:4], t, noise),
             lambda o: two_points(o[..., 1:4], noise),
+        ),
+        "masked regression": Case(
+            Regression(variance=0.25),
+            lambda n: garbled(normal(n, 3), normal(n, 3), math.nan, torch.rand(n, 3) < 0.6),
+            lambda o, t, m: gaussian(o[m], t[m], one / 4),
+            lambda o: two_points(o, one / 4),
+        ),
+        "masked scalar regression, ids": Case(
+            Regression(),
+            lambda n: (
+                *garbled(normal(n), normal(n), math.inf, torch.rand(n) < 0.6),
+                torch.arange(n),
+            ),
+            lambda o, t, m, _: gaussian(o[m], t[m], one),
+            lambda o: two_points(o, one),
+        ),
+        "masked head": Case(
+            Regression(allowed_outputs=[3, 0]),
+            lambda n: garbled(normal(n, 4), normal(n, 2), math.nan, torch.rand(n, 2) < 0.6),
+            lambda o, t, m: gaussian(o[:, [3, 0]][m], t[m], one),
+            lambda o: two_points(o[:, [3, 0]], one),
         ),
         "integer targets, transform": Case(
             Regression(target_transform=lambda t: t * 2),
@@ -291,6 +356,29 @@ def sequence_cases() -> dict[str, Case]:
             ),
             lambda o: two_points(o, torch.tensor([2.0, 0.5], dtype=torch.float64)),
         ),
+        "regression of steps, outputs masked": Case(
+            TimeSeries(Regression(), batch_first=True),
+            lambda n: (
+                *garbled(normal(n, 3, 2), normal(n, 3, 2), math.nan, torch.rand(n, 3, 2) < 0.6),
+                torch.arange(n),
+            ),
+            lambda o, t, m, _: gaussian(o[m], t[m], one),
+            lambda o: two_points(o, one),
+        ),
+        "regression of steps, weights and two masks": Case(
+            TimeSeries(Regression()),
+            lambda n: (
+                normal(3, n, 2),
+                normal(3, n, 2),
+                torch.rand(3, n),
+                torch.rand(3, n, 2) < 0.6,
+                torch.rand(3, n) < 0.6,
+            ),
+            lambda o, t, w, a, b: (
+                0.5 * (o - t).square() * w[..., None] * (a & b[..., None])
+            ).sum(),
+            lambda o: two_points(o, one),
+        ),
         "regression of steps, batch first": Case(
             TimeSeries(Regression(allowed_outputs=[1]), batch_first=True),
             lambda n: (normal(n, 3, 2), normal(n, 3, 1)),
@@ -320,6 +408,12 @@ def user_cases() -> dict[str, Case]:
             Coins(),
             lambda n: (normal(n, 2, 2), torch.randint(0, 2, (n, 2, 2))),
             reference,
+            tosses,
+        ),
+        "a user's, masked": Case(
+            Coins(),
+            lambda n: garbled(normal(n, 2), torch.ones(n, 2), math.nan, torch.rand(n, 2) < 0.6),
+            lambda o, t, m: reference(o[m], t[m]),
             tosses,
         ),
         "a user's, head": Case(
