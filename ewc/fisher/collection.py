@@ -23,7 +23,7 @@ from ewc.fisher.verification import verify
 from ewc.likelihoods import Likelihood
 from ewc.model.guard import Guard
 from ewc.model.randomness import Randomness
-from ewc.processes.layout import has_sharded_parameters, is_sharded
+from ewc.processes.layout import has_sharded_parameters
 from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 
 _PATHS = ("unused", "rule", "vmap", "loop")  # from fast to slow
@@ -159,7 +159,7 @@ def _combined(ranks: Ranks, found: Accumulator, *, truncated: bool) -> Squares:
             "The batches must hold at least one sample to estimate the Fisher information; found "
             "none. Fix: a generator can be run through only once, so pass a fresh one."
         )
-    ranks.all_reduce(each for each in sums.values() if not is_sharded(each))
+    ranks.all_reduce(sums.values())
     own = (found.paths, found.reasons, truncated, found.is_slow)
     paths, reasons, cut, slow = zip(*ranks.all_gather(own), strict=True)
     return Squares(

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ewc.processes.layout import Groups, data_mesh, is_sharded, mesh_groups
+from ewc.processes.layout import Groups, data_mesh, distributed_parameters, mesh_groups
 from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ def ranks_of(model: nn.Module, process_group: "ProcessGroup | None") -> Ranks:
     """
     if not dist.is_available() or not dist.is_initialized():
         return SINGLE_PROCESS
-    parameters = list(model.parameters())
-    device = next((p.device for p in parameters), torch.device("cpu"))
-    sharded = [p for p in parameters if is_sharded(p)]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    sharded = distributed_parameters(model)
     mesh = data_mesh(model)
     data: Groups
     if mesh is not None:

@@ -75,9 +75,13 @@ def shard_groups(tensor: Tensor) -> Groups:
 
 
 def mesh_groups(tensors: Iterable[Tensor]) -> list[Any]:
-    """The groups of all dimensions of the meshes that these tensors are sharded over."""
+    """The groups of all dimensions of the meshes that these tensors are sharded over.
+
+    In the order of the tensors, the same on all processes: they reduce over one after the other.
+    """
     found: dict[tuple[int, ...], Any] = {}
-    for mesh in {t.device_mesh for t in tensors if is_sharded(t)}:  # type: ignore[attr-defined]
+    meshes = (t.device_mesh for t in tensors if is_sharded(t))  # type: ignore[attr-defined]
+    for mesh in dict.fromkeys(meshes):  # a set has another order on every process
         for dim in range(mesh.ndim):
             group = mesh.get_group(dim)
             found.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), group)
@@ -85,6 +89,9 @@ def mesh_groups(tensors: Iterable[Tensor]) -> list[Any]:
 
 
 # Modules that `fully_shard` was applied to.
+
+_SUBSTITUTES = ("_unsharded_param", "_sharded_post_forward_param")
+"""The attributes of an FSDP parameter with what modules hold between forward and backward."""
 
 
 def is_fsdp_module(module: nn.Module) -> bool:
@@ -105,6 +112,18 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     return any(map(is_sharded, model.parameters())) or any(True for _ in fsdp_states(model))
 
 
+def distributed_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The sharded parameters of a model as optimizers know them, even while they are gathered."""
+    found: list[nn.Parameter] = []
+    substitutes: set[int] = set()
+    for _, state in fsdp_states(model):
+        for one in (one for group in state._fsdp_param_groups for one in group.fsdp_params):
+            found.append(one.sharded_param)
+            substitutes.update(id(getattr(one, name, None)) for name in _SUBSTITUTES)
+    known = substitutes.union(map(id, found))
+    return [*found, *(p for p in model.parameters() if is_sharded(p) and id(p) not in known)]
+
+
 def data_mesh(model: nn.Module) -> Any:
     """The mesh that `fully_shard` shards parameters and data over; None if it was not applied."""
     for _, state in fsdp_states(model):
@@ -116,8 +135,9 @@ def data_mesh(model: nn.Module) -> Any:
 def sharded_original(module: nn.Module | None, parameter: nn.Parameter) -> nn.Parameter:
     """The sharded parameter that `parameter` replaces between forward and backward.
 
-    There a module holds its parameters unsharded. Optimizers know the sharded ones, and read
-    their gradients.
+    There a module holds its parameters unsharded, or sharded over fewer processes
+    (`reshard_after_forward` as an integer). Optimizers know the sharded ones, and read their
+    gradients.
 
     Args:
         module: The innermost module around the parameter that `fully_shard` was applied to.
@@ -130,7 +150,7 @@ def sharded_original(module: nn.Module | None, parameter: nn.Parameter) -> nn.Pa
     state: Any = module._get_fsdp_state()  # type: ignore[operator]
     for group in state._fsdp_param_groups:
         for one in group.fsdp_params:
-            if getattr(one, "_unsharded_param", None) is parameter:
+            if any(getattr(one, name, None) is parameter for name in _SUBSTITUTES):
                 sharded: nn.Parameter = one.sharded_param
                 return sharded
     return parameter

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ewc.processes.layout import Groups
+from ewc.processes.layout import Groups, local, mesh_groups
 from ewc.processes.reductions import communication_device, max_over
 
 Value = TypeVar("Value")
@@ -166,10 +166,20 @@ class Ranks:
         return next(one for one in sent if one is not None)
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
-        """Sum tensors over the processes that the data is sharded over, in place."""
+        """Sum tensors over the processes that the data is sharded over, in place.
+
+        A sharded tensor must be summed over the groups of its own mesh already: its local parts
+        are summed over the other groups.
+        """
         tensors = list(tensors)
         for group in self._data:
-            works = [dist.all_reduce(each, group=group, async_op=True) for each in tensors]
+            ranks = dist.get_process_group_ranks(group)
+            parts = [
+                local(each)
+                for each in tensors
+                if all(dist.get_process_group_ranks(one) != ranks for one in mesh_groups([each]))
+            ]
+            works = [dist.all_reduce(each, group=group, async_op=True) for each in parts]
             for work in works:
                 assert work is not None
                 work.wait()

@@ -8,11 +8,12 @@ parameters.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from ewc.model.live import LiveParameters
 from ewc.model.names import find
-from ewc.processes.layout import Groups, is_sharded, local, shard_groups
+from ewc.processes.layout import Groups, is_sharded, local, same_layout, shard_groups
 from ewc.processes.reductions import differentiable_sum_over, is_first_rank
 from ewc.quadratic.penalty import Penalty, expression
 from ewc.quadratic.quadratic import Quadratic, fits, protected_rows
@@ -112,6 +113,9 @@ def traced_penalty(model: nn.Module, state: State, precision: Precision, strengt
     Raises:
         ValueError: A parameter is gone or has changed its shape.
     """
+    if torch.compiler.is_compiling() and _any_resharded(model, state):
+        untraced: Tensor = _untraced_penalty(model, state, precision, strength)
+        return untraced
     members: dict[Groups, tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]] = {}
     for name, quadratic in state.quadratics.items():
         parameter = find(model, name)
@@ -131,6 +135,24 @@ def traced_penalty(model: nn.Module, state: State, precision: Precision, strengt
         value = expression(thetas, precisions, anchors, constant, strength)
         values.append(differentiable_sum_over(value, groups))
     return _sum(values)
+
+
+def _any_resharded(model: nn.Module, state: State) -> bool:
+    """Whether `fully_shard` has left parameters sharded in another way after a forward.
+
+    Only its own state, which cannot be traced, knows the originals then.
+    """
+    found = [(find(model, name), each.anchor) for name, each in state.quadratics.items()]
+    return any(
+        is_sharded(one) and not same_layout(one, other) for one, other in found if one is not None
+    )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _untraced_penalty(
+    model: nn.Module, state: State, precision: Precision, strength: float
+) -> Tensor:
+    return traced_penalty(model, state, precision, strength)
 
 
 def _sum(values: list[Tensor]) -> Tensor:
