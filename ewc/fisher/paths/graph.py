@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -38,6 +39,35 @@ def leaves(*roots: Any) -> Iterator[Tensor]:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             yield leaf
+
+
+def correct_batch_norms(*roots: Any) -> None:
+    """Make the reverse passes of batch norm right in the graph behind `roots`.
+
+    On the CPU, PyTorch's reverse pass of batch norm, which instance norm uses too, reads the input
+    and the gradient as if one of them had the layout of the other, if one is contiguous and the
+    strides of the other fit channels_last in an unusual way: a dimension of size one may have any
+    stride, and `x.flatten(2).transpose(1, 2)` leaves such a gradient for a batch of one. With the
+    usual strides, which describe the same memory, it recognises both layouts. Found in 2.13,
+    for images of two and three dimensions, in eval and in train mode, for any number of samples.
+    """
+    for node in nodes(*roots):
+        if node.name() != "NativeBatchNormBackward0":
+            continue
+        node.register_prehook(lambda gradients: tuple(map(_with_usual_strides, gradients)))
+        with suppress(RuntimeError):  # activation checkpointing has hooks of its own there
+            node._raw_saved_input.register_hooks(_with_usual_strides, lambda kept: kept)
+
+
+def _with_usual_strides(tensor: Tensor | None) -> Tensor | None:
+    """The same memory; where only its strides are unusual for channels_last, with usual ones."""
+    if tensor is None or not tensor.is_cpu or tensor.is_contiguous():
+        return tensor
+    for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dims and tensor.is_contiguous(memory_format=layout):
+            usual = torch.empty(tensor.shape, device="meta", memory_format=layout).stride()
+            return tensor.detach().as_strided(tensor.shape, usual)
+    return tensor
 
 
 @dataclass(frozen=True)

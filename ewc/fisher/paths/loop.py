@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ewc.data.batch import Batch
 from ewc.fisher.gradients import add_square
-from ewc.fisher.paths.graph import nodes
+from ewc.fisher.paths.graph import correct_batch_norms, nodes
 
 
 def run_loop(
@@ -60,6 +60,7 @@ def run_loop(
             of_one = terms(batch.take(n, n + 1).raw)
             if n == 0:
                 _refuse_reentrant(of_one)
+            correct_batch_norms(of_one.grad_fn)
             last = len(of_one) - 1
             for k, term in enumerate(of_one.unbind(0)):
                 found = torch.autograd.grad(term, leaves, retain_graph=k < last, allow_unused=True)

@@ -13,7 +13,7 @@ from ewc import _vmap
 from ewc._options import Method
 from ewc.data.batch import Batch
 from ewc.fisher.paths.assembly import Assembly
-from ewc.fisher.paths.graph import leaves
+from ewc.fisher.paths.graph import correct_batch_norms, leaves
 from ewc.fisher.paths.meeting import PerSampleMode
 from ewc.fisher.paths.structure import Structures
 
@@ -127,6 +127,7 @@ class Vectorised:
         assembly = Assembly(sums, self._structures)
         mode = PerSampleMode(protected, batch.size, assembly)
         terms = self._run(batch, mode)
+        correct_batch_norms(terms.grad_fn)
         found = tuple(leaves(terms.grad_fn))
         # Rules and copies detach the weight. So a parameter that the graph still leads to was used
         # where no call is seen: in an autograd.Function, or in a scripted module.
