@@ -73,10 +73,13 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
     A tied parameter appears once, under its first name.
     """
-    found: dict[int, tuple[str, nn.Parameter]] = {}
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
     for name, parameter in _walk(unwrap(module), "", set(), None):
-        found.setdefault(id(parameter), (name, parameter))
-    return dict(found.values())
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[name] = parameter
+    return found
 
 
 def find(model: nn.Module, name: str) -> nn.Parameter | None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ewc._checks import check_initialised, check_materialised
 from ewc.model.names import find, named_parameters, nearest, unwrap
+from ewc.processes.layout import refuse_unsupported
 
 
 def select(
@@ -72,8 +73,12 @@ def trainable(model: nn.Module, selected: Collection[str] | None) -> dict[str, n
     Args:
         model: The unwrapped model.
         selected: The names to choose from; None for all.
+
+    Raises:
+        RuntimeError: A parameter is sharded, and PyTorch is too old for it.
     """
     candidates = named_parameters(model)
+    refuse_unsupported(candidates.values())
     if selected is not None:
         found = {id(find(model, name)) for name in selected}  # some may have been tied since
         candidates = {name: p for name, p in candidates.items() if id(p) in found}

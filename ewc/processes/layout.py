@@ -12,14 +12,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_SHARDING = (2, 12)  # the first version of PyTorch on which sharded parameters are supported
+
 Groups = tuple[Any, ...]
 """Process groups, one for each dimension of a mesh: reductions go over one after the other."""
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether `tensor` is a `DTensor`: each process may hold another part of it."""
+    """Whether `tensor` is a `DTensor`: each process may hold another part of it.
+
+    Raises:
+        RuntimeError: It is one, and PyTorch is too old for it.
+    """
     kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return kind is not None and isinstance(tensor, kind)
+    if kind is None or not isinstance(tensor, kind):
+        return False
+    _check_version("a DTensor")
+    return True
+
+
+def refuse_unsupported(tensors: Iterable[Tensor]) -> None:
+    """Refuse sharded tensors where PyTorch is too old for them.
+
+    Raises:
+        RuntimeError: One is sharded, and PyTorch is too old.
+    """
+    for tensor in tensors:
+        is_sharded(tensor)
+
+
+def _check_version(found: str) -> None:
+    # Before, gradients of a compiled penalty are 0, and under tensor parallelism the Fisher is
+    # wrong. A tuple, since the compiler can follow no comparison of versions.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < _SHARDING:
+        needed = ".".join(map(str, _SHARDING))
+        raise RuntimeError(
+            f"PyTorch must be {needed} or later for sharded parameters (fully_shard, tensor "
+            f"parallelism, DTensor); found {found} with PyTorch {torch.__version__}. Fix: install "
+            f"torch>={needed}, or train with DistributedDataParallel, which needs no sharding."
+        )
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -95,9 +126,16 @@ _SUBSTITUTES = ("_unsharded_param", "_sharded_post_forward_param")
 
 
 def is_fsdp_module(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to the module."""
+    """Whether `fully_shard` was applied to the module.
+
+    Raises:
+        RuntimeError: It was, and PyTorch is too old for it.
+    """
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return kind is not None and isinstance(module, kind)
+    if kind is None or not isinstance(module, kind):
+        return False
+    _check_version("fully_shard")
+    return True
 
 
 def fsdp_states(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:

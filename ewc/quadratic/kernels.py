@@ -53,6 +53,7 @@ class Group(ABC):
         self._anchors = anchors
         self._zero = anchors[0].new_zeros(())
         self._largest = torch.finfo(self._zero.dtype).max
+        self._has_empty = any(anchor.numel() == 0 for anchor in anchors)
         self._narrowed = any(dtype is not self._zero.dtype for dtype in self._dtypes)
 
     def evaluate(
@@ -80,6 +81,9 @@ class Group(ABC):
 
     def _shaped(self, flat: Tensor) -> tuple[Tensor, ...]:
         views: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, self._anchors)
+        if self._has_empty:  # which have lost their shape before torch 2.10
+            pairs = zip(views, self._anchors, strict=True)
+            return tuple(view.view_as(anchor) for view, anchor in pairs)
         return views
 
     @abstractmethod

@@ -91,14 +91,18 @@ def expression(
     strength: float,
 ) -> Tensor:
     """The same penalty by plain operations, which a compiler can fuse."""
+    for kind in {theta.device.type for theta in thetas}:
+        if torch.is_autocast_enabled(kind):
+            # No context manager of our own: the compiler inlines them only from torch 2.11 on.
+            with torch.autocast(kind, enabled=False):
+                return expression(thetas, precisions, anchors, constant, strength)
     dtype, device = result_dtype(thetas), thetas[0].device
     value = torch.zeros((), dtype=dtype, device=device)
-    with without_autocast(sorted({theta.device.type for theta in thetas})):
-        for theta, precision, anchor in zip(thetas, precisions, anchors, strict=True):
-            distance = theta - anchor.to(theta.device)
-            squared = (distance * distance.conj()).real if distance.is_complex() else distance**2
-            value = value + (precision.to(theta.device) * squared).sum().to(device)
-        return ((value + constant) * (0.5 * strength)).to(dtype)
+    for theta, precision, anchor in zip(thetas, precisions, anchors, strict=True):
+        distance = theta - anchor.to(theta.device)
+        squared = (distance * distance.conj()).real if distance.is_complex() else distance**2
+        value = value + (precision.to(theta.device) * squared).sum().to(device)
+    return ((value + constant) * (0.5 * strength)).to(dtype)
 
 
 def zero(thetas: Sequence[Tensor]) -> Tensor:

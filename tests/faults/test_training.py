@@ -260,6 +260,25 @@ def test_row_45_same_value_and_gradient(kind, options, backend):
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_row_45_a_whole_step_under_autocast(kind, backend):
+    model, ewc = make(kind)
+    (x, y), *_ = make_task(5)
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.cross_entropy(model(x), y), ewc()
+
+    found, expected = torch.compile(step, fullgraph=True, backend=backend)(), step()
+    assert found[1].dtype is torch.float32
+    assert found[1].item() == pytest.approx(expected[1].item(), rel=1e-5)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(found[1], parameters), torch.autograd.grad(expected[1], parameters)
+    )
+
+
+@pytest.mark.usefixtures("compiler")
 def test_row_45_follows_a_replaced_and_a_grown_parameter(kind):
     model, ewc = make(kind)
     compiled = torch.compile(lambda: ewc(), fullgraph=True, backend="eager")
