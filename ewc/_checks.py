@@ -14,6 +14,26 @@ from torch import nn
 _Word = TypeVar("_Word", bound=str)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
+MOST = 10
+"""How many names, or problems of one kind, a message shows; it counts the others."""
+
+
+def listed(parts: Iterable[str], separator: str = ", ", most: int = MOST) -> str:
+    """The first `most` of some texts and, if there are more, how many there are in all.
+
+    Example:
+        >>> listed(["a", "b", "c", "d"], most=2)
+        'a, b, ... (4 in all)'
+    """
+    texts = list(parts)
+    shown = separator.join(texts[:most])
+    return shown if len(texts) <= most else f"{shown}{separator}... ({len(texts)} in all)"
+
+
+def listed_names(names: Iterable[object]) -> str:
+    """The first few of some names, quoted."""
+    return listed(map(repr, names))
+
 
 def number(name: str, value: object, *, low: float = 0.0, high: float = math.inf) -> float:
     """`value` as a float, if it is a finite real number in `[low, high]`.
@@ -75,7 +95,7 @@ def check_initialised(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     lazy = [name for name, parameter in parameters if nn.parameter.is_lazy(parameter)]
     if lazy:
         raise ValueError(
-            f"Parameters must be initialised; found lazy ones: {', '.join(map(repr, lazy))}. "
+            f"Parameters must be initialised; found lazy ones: {listed_names(lazy)}. "
             "Fix: run one forward pass first."
         )
 
@@ -92,7 +112,7 @@ def check_materialised(parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     if meta:
         raise ValueError(
             "Parameters must have values; found some on the meta device: "
-            f"{', '.join(map(repr, meta))}. Fix: materialise the model first, for instance with "
+            f"{listed_names(meta)}. Fix: materialise the model first, for instance with "
             "model.to_empty(device=...) and load_state_dict."
         )
 

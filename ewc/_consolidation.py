@@ -25,6 +25,7 @@ from ewc.processes.ranks import Ranks
 from ewc.quadratic.binding import Binding
 from ewc.quadratic.merging import Merging
 from ewc.quadratic.state import State, check_finite
+from ewc.quadratic.values import plain_tensor
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Task:
         with torch.inference_mode(False), torch.no_grad():
             weight = 1 if settings.reduction == "mean" else self._n_samples(squares, ranks)
             fisher = {
-                name: each.div_(squares.samples / weight).contiguous()
+                name: plain_tensor(each.div_(squares.samples / weight)).contiguous()
                 for name, each in squares.sums.items()
             }
             return Estimate(fisher, _zero_names(fisher, ranks), squares, settings.reduction)

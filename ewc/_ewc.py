@@ -237,8 +237,9 @@ class EWC:
         """
         chosen = self._chosen or ()
         check_released(names, [*self._state.quadratics, *chosen, *named_parameters(self._model)])
-        kept = {name: q for name, q in self._state.quadratics.items() if name not in names}
-        self._chosen = without(self._model, self._chosen, names)
+        released = frozenset(names)
+        kept = {name: q for name, q in self._state.quadratics.items() if name not in released}
+        self._chosen = without(self._model, self._chosen, released)
         self._state = replace(self._state, quadratics=kept)
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ewc._checks import number
+from ewc._checks import listed, number
 from ewc._ewc import EWC
 from ewc._options import FisherType, Reduction
 from ewc.data.calling import Forward
 from ewc.errors import NothingProtectedWarning
 from ewc.likelihoods import Likelihood
-from ewc.model.names import find, named_parameters, nearest
+from ewc.model.names import find, named_parameters, with_nearest
 from ewc.processes.layout import with_layout_of
 from ewc.quadratic.merging import Merging
 from ewc.quadratic.quadratic import Quadratic
+from ewc.quadratic.values import is_foreign, plain_name, plain_tensor, shown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -161,13 +162,17 @@ class DecayedMerging(Merging):
 
 def _checked_priors(priors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     problems = []
+    unknown = []
     for name, prior in priors.items():
         parameter = find(model, name) if isinstance(name, str) else None
         if parameter is None:
-            hint = nearest(str(name), named_parameters(model))
-            problems.append(f"no parameter is named {name!r} ({hint})")
+            unknown.append(plain_name(name) if isinstance(name, str) else shown(name))
         elif not isinstance(prior, Tensor):
             problems.append(f"{name!r} has a {type(prior).__name__} for a tensor")
+        elif prior.is_nested or prior.layout is not torch.strided or is_foreign(prior):
+            problems.append(f"{name!r} has a tensor that is not dense and plain")
+        elif prior.is_meta:
+            problems.append(f"{name!r} has a tensor on the meta device, without values")
         elif prior.is_complex() or prior.dtype is torch.bool:
             problems.append(f"{name!r} has dtype {prior.dtype}")
         elif prior.shape != parameter.shape:
@@ -177,12 +182,17 @@ def _checked_priors(priors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
             )
         elif not (prior.isfinite() & (prior >= 0)).all():
             problems.append(f"{name!r} has negative, infinite or NaN entries")
+    if unknown:
+        known = list(named_parameters(model))
+        problems.append(f"no parameter is named {with_nearest(unknown, known)}")
     if problems:
         raise ValueError(
             "prior_precision must be a number >= 0 or {name: tensor} with finite entries >= 0 and "
-            "the parameters' shapes; found: " + "; ".join(problems) + "."
+            "the parameters' shapes; found: " + listed(problems, "; ") + "."
         )
     return {
-        name: prior.detach().to(torch.promote_types(prior.dtype, torch.float32), copy=True)
+        plain_name(name): plain_tensor(prior).to(
+            torch.promote_types(prior.dtype, torch.float32), copy=True
+        )
         for name, prior in priors.items()
     }

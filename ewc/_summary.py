@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ewc._checks import positive_int
+from ewc._checks import listed, positive_int
 from ewc._options import Method
 from ewc.processes.layout import Groups, local, shard_groups
 from ewc.processes.reductions import max_over, sum_over
@@ -112,7 +112,10 @@ class Summary:
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
-        slow = [f"  loop: {_some(names)}, because {reason}" for reason, names in by_reason.items()]
+        slow = [
+            f"  loop: {listed(names, most=_NAMES)}, because {reason}"
+            for reason, names in by_reason.items()
+        ]
         return "\n".join([head, stable, self.table(), *slow])
 
     def table(self, rows: int = ROWS) -> str:
@@ -149,12 +152,6 @@ class Summary:
             aligned = [f"{one:>{width}}" for one, width in zip(numbers, widths[1:], strict=False)]
             lines.append("  ".join(["", f"{label:{widths[0]}}", *aligned, path]).rstrip())
         return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    """The first few of some names."""
-    shown = ", ".join(names[:_NAMES])
-    return shown if len(names) <= _NAMES else f"{shown}, ... ({len(names)} in all)"
 
 
 def combined(curvatures: Iterable[Curvature]) -> Curvature:

@@ -6,13 +6,16 @@ also remove `module.` from the names of a model that has a child called `module`
 """
 
 import difflib
+import heapq
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
+from ewc._checks import MOST, listed
 from ewc.processes.layout import is_fsdp_module, sharded_original
 
 # For each wrapper: the Python module that defines its class, the name of the class, and the key of
@@ -30,6 +33,8 @@ _WRAPPERS = (
     ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
     ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
 )
+
+_CANDIDATES = 32  # how many names `nearest` compares exactly
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,53 @@ def find(model: nn.Module, name: str) -> nn.Parameter | None:
 def locate(model: nn.Module, name: str) -> Location | None:
     """The location of the parameter `name` in the unwrapped `model`; None if there is none."""
     *owners, last = name.split(".")
+    found = _follow(model, owners)
+    if found is None or _entry(found[0]._parameters, last) is None:
+        return None
+    module, edges, fsdp_module = found
+    return Location(edges, module._parameters, last, fsdp_module)
+
+
+def is_parametrized(model: nn.Module, name: str) -> bool:
+    """Whether `name` is gone because a parametrization was registered on it."""
+    *owners, last = name.split(".")
+    return _follow(model, [*owners, "parametrizations", last]) is not None
+
+
+def in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The distinct `names` in the order of the model's canonical names; unknown ones last."""
+    rank = {name: index for index, name in enumerate(named_parameters(model))}
+    return sorted(dict.fromkeys(names), key=lambda name: rank.get(name, len(rank)))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint that an error gives for an unknown `name`: the most similar `known` names."""
+    names = list(known)
+    candidates = names
+    if len(names) > _CANDIDATES:  # an exact comparison with thousands of names takes seconds
+        pairs = set(pairwise(name))
+        candidates = heapq.nlargest(
+            _CANDIDATES, names, key=lambda other: _similarity(pairs, set(pairwise(other)))
+        )
+    close = difflib.get_close_matches(name, candidates, n=3, cutoff=0.4) or names[:3]
+    return f"nearest: {', '.join(map(repr, close))}" if close else "there are none"
+
+
+def with_nearest(names: Sequence[str], known: Collection[str]) -> str:
+    """The first few of some unknown `names`, each with the most similar of the `known` ones."""
+    shown = [f"{name!r} ({nearest(name, known)})" for name in names[:MOST]]
+    return listed([*shown, *names[MOST:]], "; ")
+
+
+def _similarity(one: set[tuple[str, str]], other: set[tuple[str, str]]) -> float:
+    """The share of pairs of letters that two names have in common."""
+    return len(one & other) / (len(one) + len(other) or 1)
+
+
+def _follow(
+    model: nn.Module, owners: Iterable[str]
+) -> tuple[nn.Module, list[tuple[dict[str, Any], str]], nn.Module | None] | None:
+    """The module that the names `owners` lead to, as for `Location`; None if there is none."""
     edges: list[tuple[dict[str, Any], str]] = []
     module = model
     fsdp_module = module if is_fsdp_module(module) else None
@@ -107,29 +159,7 @@ def locate(model: nn.Module, name: str) -> Location | None:
             edges.append((module._modules, key))
             module = _child(module, key)
         fsdp_module = module if is_fsdp_module(module) else fsdp_module
-    if _entry(module._parameters, last) is None:
-        return None
-    return Location(edges, module._parameters, last, fsdp_module)
-
-
-def is_parametrized(model: nn.Module, name: str) -> bool:
-    """Whether `name` is gone because a parametrization was registered on it."""
-    owner, dot, last = name.rpartition(".")
-    inside = f"{owner}{dot}parametrizations.{last}."
-    return any(other.startswith(inside) for other in named_parameters(model))
-
-
-def in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The distinct `names` in the order of the model's canonical names; unknown ones last."""
-    rank = {name: index for index, name in enumerate(named_parameters(model))}
-    return sorted(dict.fromkeys(names), key=lambda name: rank.get(name, len(rank)))
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint that an error gives for an unknown `name`: the most similar `known` names."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-    return f"nearest: {', '.join(map(repr, close))}" if close else "there are none"
+    return module, edges, fsdp_module
 
 
 def _wrapped_key(module: nn.Module) -> str | None:

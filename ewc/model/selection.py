@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from ewc._checks import check_initialised, check_materialised
-from ewc.model.names import find, named_parameters, nearest, unwrap
+from ewc._checks import check_initialised, check_materialised, listed
+from ewc.model.names import find, named_parameters, unwrap, with_nearest
 from ewc.processes.layout import refuse_unsupported
 
 
@@ -37,6 +37,7 @@ def select(
 
     chosen: set[str] = set()
     problems: list[str] = []
+    unknown: list[str] = []
     for item in parameters:
         name, parameter = _split_item(item)
         named = outer.get(name)
@@ -45,7 +46,7 @@ def select(
         if parameter is None:
             parameter = named
             if parameter is None:
-                problems.append(f"no parameter is named {name!r} ({nearest(name, canonical)})")
+                unknown.append(name)
                 continue
         elif id(parameter) not in name_of:
             problems.append(f"{name!r} is paired with a tensor that is no parameter of the model")
@@ -59,9 +60,12 @@ def select(
             problems.append(f"{name!r} is frozen (requires_grad is False)")
             continue
         chosen.add(name_of[id(parameter)])
-    if problems:
+    if unknown or problems:
+        faults = [listed(problems, "; ")] if problems else []
+        if unknown:
+            faults.append(f"no parameter is named {with_nearest(unknown, canonical)}")
         raise ValueError(
-            f"parameters must be trainable parameters of the model; found: {'; '.join(problems)}. "
+            f"parameters must be trainable parameters of the model; found: {'; '.join(faults)}. "
             "Fix: take names or pairs from model.named_parameters(), without the frozen ones."
         )
     return tuple(name for name in canonical if name in chosen)
@@ -115,15 +119,12 @@ def check_released(names: Sequence[object], known: Collection[str]) -> None:
             f"forget must get one or more names of parameters; found {names!r}. "
             "Fix: pass names as separate arguments."
         )
-    unknown = [
-        f"{name!r} ({nearest(name, known)})"
-        for name in names
-        if isinstance(name, str) and name not in known
-    ]
+    among = set(known)
+    unknown = [name for name in names if isinstance(name, str) and name not in among]
     if unknown:
         raise ValueError(
             "forget must get names of protected parameters; found unknown ones: "
-            f"{'; '.join(unknown)}. Fix: take names from the property fisher."
+            f"{with_nearest(unknown, known)}. Fix: take names from the property fisher."
         )
 
 
@@ -136,7 +137,8 @@ def without(
     """
     if selected is None:
         return None
-    return tuple(name for name in selected if name not in released or find(model, name) is not None)
+    gone = {name for name in released if find(model, name) is None}
+    return tuple(name for name in selected if name not in gone)
 
 
 def _split_item(item: object) -> tuple[str, Tensor | None]:

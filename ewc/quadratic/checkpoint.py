@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ewc._checks import listed
 from ewc.errors import NothingProtectedWarning
 from ewc.model.names import find, in_order
 from ewc.processes.layout import full_tensor
@@ -20,6 +21,7 @@ from ewc.processes.ranks import Ranks
 from ewc.quadratic.quadratic import Quadratic, curvature_dtype, n_rows, snapshot
 from ewc.quadratic.state import State
 from ewc.quadratic.validation import VERSION, Reader
+from ewc.quadratic.values import plain_name
 
 
 def dump(
@@ -45,7 +47,7 @@ def dump(
     """
     quadratics = {}
     free_rows = {}
-    for name in in_order(model, [*state.quadratics, *trainable]):
+    for name in map(plain_name, in_order(model, [*state.quadratics, *trainable])):
         parameter = find(model, name)
         if parameter is None:
             continue
@@ -126,7 +128,7 @@ def restore(
     elif uncovered:
         warnings.warn(
             "The model has parts that this state does not cover; they are free until the next "
-            f"consolidation: {'; '.join(uncovered)}.",
+            f"consolidation: {listed(uncovered, '; ')}.",
             stacklevel=3,
         )
     ordered = in_order(model, quadratics)

@@ -185,6 +185,7 @@ def grouped(
 ) -> Iterator[Group]:
     """Groups of small and of middle parameters, up to a block each; each other one is a group."""
     open_groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+    open_sizes: dict[tuple[torch.device, torch.dtype, bool], int] = {}
 
     def group(indices: list[int], block: int, *, as_lists: bool) -> Group:
         theta, precision, anchor = (
@@ -200,11 +201,13 @@ def grouped(
             yield group([index], limits.block, as_lists=False)
             continue
         as_lists = size > limits.small
-        indices = open_groups.setdefault((anchor.device, anchor.dtype, as_lists), [])
-        if sum(anchors[i].numel() for i in indices) + size > limits.block:
-            yield group(list(indices), limits.block, as_lists=as_lists)
-            indices.clear()
-        indices.append(index)
+        key = anchor.device, anchor.dtype, as_lists
+        if key in open_groups and open_sizes[key] + size > limits.block:
+            yield group(open_groups.pop(key), limits.block, as_lists=as_lists)
+        if key not in open_groups:
+            open_groups[key], open_sizes[key] = [], 0
+        open_groups[key].append(index)
+        open_sizes[key] += size
     for (device, _, as_lists), indices in open_groups.items():
         yield group(indices, _limits(device).block, as_lists=as_lists)
 

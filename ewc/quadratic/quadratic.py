@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ewc._scalars import read
 from ewc.processes.layout import full_tensor, with_layout_of
+from ewc.quadratic.values import plain_tensor
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def n_rows(tensor: Tensor) -> int:
 
 def snapshot(parameter: nn.Parameter) -> Tensor:
     """A copy of a parameter's values, in at least float32, for the mean of many anchors."""
-    return parameter.detach().to(anchor_dtype(parameter), copy=True).contiguous()
+    return plain_tensor(parameter).to(anchor_dtype(parameter), copy=True).contiguous()
 
 
 def anchor_dtype(parameter: Tensor, *others: torch.dtype) -> torch.dtype:

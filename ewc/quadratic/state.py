@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ewc._checks import check_materialised
+from ewc._checks import check_materialised, listed, listed_names
 from ewc._scalars import read
 from ewc.model.names import find, is_parametrized
 from ewc.processes.layout import is_sharded, local
@@ -72,8 +72,8 @@ def check_fit(model: nn.Module, state: State, chosen: Iterable[str]) -> None:
         raise ValueError(
             "Protected parameters must keep their names and shapes (they may grow along "
             "dimension 0); found that "
-            + "; ".join(f"{name!r} {what}" for name, what in problems.items())
-            + f". Fix: undo the change, or release them: forget({', '.join(map(repr, problems))})."
+            + listed((f"{name!r} {what}" for name, what in problems.items()), "; ")
+            + f". Fix: undo the change, or release them: forget({listed_names(problems)})."
         )
 
 
@@ -86,15 +86,15 @@ def check_finite(quadratics: Mapping[str, Quadratic], reduction: str) -> None:
     overflowed = _non_finite({name: q.fisher for name, q in quadratics.items()})
     if overflowed:
         raise ValueError(
-            f"The Fisher must be finite; found that it overflows for {_listed(overflowed)}. Fix: "
-            "check the scale of the likelihood"
+            "The Fisher must be finite; found that it overflows for "
+            f"{listed_names(overflowed)}. Fix: check the scale of the likelihood"
             + ("." if reduction == "mean" else ', or use reduction="mean".')
         )
     non_finite = _non_finite({name: q.anchor for name, q in quadratics.items()})
     if non_finite:
         raise ValueError(
             "Protected parameters must be finite; found NaN or infinite entries in "
-            f"{_listed(non_finite)}. Fix: repair the values, or exclude the parameters by "
+            f"{listed_names(non_finite)}. Fix: repair the values, or exclude the parameters by "
             "requires_grad_(False) or the argument parameters."
         )
 
@@ -103,7 +103,3 @@ def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of those with an entry that is NaN or infinite."""
     finite = read([local(each).isfinite().all() for each in tensors.values()])
     return [name for name, one in zip(tensors, finite, strict=True) if not one]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names))

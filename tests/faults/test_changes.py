@@ -238,6 +238,34 @@ def test_row_36_changed(kind, change, what):
     assert ewc().isfinite()
 
 
+def test_row_36_hundreds_of_parameters_are_gone(kind):
+    model = nn.Sequential(nn.Linear(INPUTS, CLASSES), *(nn.Linear(1, 1) for _ in range(300)))
+    ewc = kind(model, Classification(), forward=lambda m, batch: m[0](batch[0]) + unused(m))
+    with pytest.warns(UserWarning, match="zero"):
+        ewc.consolidate(make_task())
+    for index in range(1, 301):
+        model[index] = nn.Identity()
+    parts = ("'1.weight' is gone", "(600 in all)", "forget('1.weight', '1.bias', ")
+    with unchanged(ewc, model), raises(ValueError, *parts) as caught:
+        ewc()
+    assert len(str(caught.value)) < 1000
+    wrong = [f"{name}_" for name in ewc.fisher]
+    with (
+        unchanged(ewc, model),
+        raises(ValueError, "'0.weight_' (nearest: '0.weight'", "(602 in all)"),
+    ):
+        ewc.forget(*wrong)
+    with raises(ValueError, "no parameter is named '0.weight_' (nearest: '0.weight'", "602 in all"):
+        kind(model, Classification(), parameters=wrong)
+    ewc.forget(*list(ewc.fisher)[2:])
+    assert list(ewc.fisher) == ["0.weight", "0.bias"]
+    assert ewc().item() == 0.0
+
+
+def unused(model):
+    return sum(0.0 * one.weight.sum() for one in list(model)[1:])
+
+
 def test_row_36_broadcastable_shapes_are_no_match(kind):
     model = nn.Sequential(nn.Linear(INPUTS, 1), nn.Linear(1, CLASSES))
     ewc = kind(model, Classification())

@@ -5,6 +5,7 @@ import copy
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -70,6 +71,17 @@ def put(value, *path):
         state[last] = value
 
     return apply
+
+
+def around():
+    """A dict that refers to itself."""
+    one = {}
+    one["me"] = one
+    return one
+
+
+def jagged():
+    return torch.nested.nested_tensor([torch.zeros(3)] * 7, layout=torch.jagged)
 
 
 def rename(state):
@@ -139,6 +151,43 @@ def misspelt(state):
         (put([], "fisher"), ["'fisher' must be a dict by name; found list"]),
         (put("abc", "parameters"), ["'parameters' must be a list of names; found str"]),
         (put(None, "parameters"), ["'parameters' must be a list of names; found NoneType"]),
+        (put(["0.bias"] * 1000, "parameters"), ["must name each parameter once; found 1000 names"]),
+        (put(np.array(["EWC"] * 9), "kind"), ["as in this object; found an array of shape (9,)"]),
+        (put(torch.zeros(3), "kind"), ["as in this object; found a tensor of shape (3,)"]),
+        (put(around(), "kind"), ["as in this object; found {'me': {'me': {'me': {...}}}}"]),
+        (put(around(), "n_tasks"), ["'n_tasks' must be an integer >= 0; found {'me': "]),
+        (put(10**5000, "version"), ["'version' must be an integer in [1, 1]"]),
+        (put(b"EWC", "kind"), ["as in this object; found b'EWC'"]),
+        (
+            put("x" * 10**6, "reduction"),
+            ["'reduction' must be 'mean', as in this object; found 'xx"],
+        ),
+        (put(3, b"fisher"), ["unexpected key b'fisher' (nearest: 'fisher'"]),
+        (put(3, 7), ["unexpected key 7"]),
+        (put(3, ("a", 1)), ["unexpected key ('a', 1)"]),
+        (put(torch.zeros(7), "fisher", b"0.bias"), ["unexpected fisher[b'0.bias']", "'0.bias'"]),
+        (put(torch.zeros(7), "fisher", 3), ["unexpected fisher[3]"]),
+        (put({"weight": torch.zeros(7, 5)}, "fisher", "0.bias"), ["must be a tensor; found dict"]),
+        (put(around(), "fisher", "0.bias"), ["fisher['0.bias'] must be a tensor; found dict"]),
+        (put(around(), "constant", "0.bias"), ["constant['0.bias'] must be a finite float"]),
+        (
+            put(jagged(), "fisher", "0.bias"),
+            ["fisher['0.bias'] must be dense and have values; found a nested tensor"],
+        ),
+        (put(torch.zeros(()).expand(10**13), "fisher", "0.bias"), ["found (10000000000000,)"]),
+        (put(torch.zeros(()).expand(10**7, 10**6), "anchor", "0.bias"), ["parameter's shape (7,)"]),
+        (
+            put(np.broadcast_to(np.float32(0), 10**13), "fisher", "0.bias"),
+            ["the parameter's shape"],
+        ),
+        (
+            put(torch.sparse_coo_tensor(size=(10**13,), check_invariants=True), "fisher", "0.bias"),
+            ["fisher['0.bias'] must be dense and have values; found torch.sparse_coo"],
+        ),
+        (
+            put(torch.zeros(8, dtype=torch.float16), "fisher", "0.bias"),
+            ["the parameter's shape (7,)", "and have dtype", "found (8,) and float16"],
+        ),
     ],
 )
 def test_row_28_one_thing_wrong(kind, change, parts):
@@ -157,6 +206,81 @@ def test_row_28_not_a_dict(kind, state):
     model, ewc = make(kind)
     with unchanged(ewc, model), raises(TypeError, "must be a dict", type(state).__name__):
         ewc.load_state_dict(state)
+
+
+def test_row_28d_values_of_subclasses(kind):  # all of them: tests/quadratic/test_values.py
+    model, ewc = make(kind, n_tasks=2)
+    state = ewc.state_dict()
+    state["constant"] = {np.str_(name): np.float64(x) for name, x in state["constant"].items()}
+    state["fisher"] = {name: one.numpy() for name, one in state["fisher"].items()}
+    state["anchor"] = {name: nn.Parameter(one) for name, one in state["anchor"].items()}
+    other = fresh(ewc, model)
+    other.load_state_dict(state)
+    again = fresh(ewc, model)
+    again.load_state_dict(through_file(other.state_dict()))
+    assert equal_objects(again, ewc)
+
+
+def test_row_28e_a_prior_on_meta():
+    prior = {"0.bias": torch.ones(7)}
+    model, ewc = make(OnlineEWC, prior_precision=prior)
+    state = ewc.state_dict()
+    state["prior_precision"]["0.bias"] = torch.ones(7, device="meta")
+    parts = ("'prior_precision' must be {'0.bias': a tensor of shape (7,)}", "on the meta device")
+    with unchanged(ewc, model), raises(ValueError, *parts):
+        ewc.load_state_dict(state)
+    state["prior_precision"] = around()
+    with unchanged(ewc, model), raises(ValueError, "found {'me': {'me'"):
+        ewc.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_row_28e_a_nested_tensor_of_the_older_kind(kind):
+    model, ewc = make(kind)
+    state = ewc.state_dict()
+    state["fisher"]["0.bias"] = torch.nested.nested_tensor([torch.zeros(3)] * 7)
+    with unchanged(ewc, model), raises(ValueError, "found a nested tensor"):
+        ewc.load_state_dict(state)
+
+
+@pytest.mark.parametrize("what", ["renamed", "shapes", "tables", "keys"])
+def test_row_28e_hundreds_of_things_wrong(kind, what):
+    model = nn.ModuleDict({f"layer{index}": nn.Linear(1, 1) for index in range(300)})
+    ewc = kind(model, Classification())
+    state = ewc.state_dict()
+    if what == "renamed":
+        names = {name: name.replace("layer", "block") for name in state["parameters"][2:]}
+        state["parameters"][2:] = names.values()
+        for key in ("fisher", "anchor", "constant", "free_rows"):
+            state[key].update({new: state[key].pop(old) for old, new in names.items()})
+        shown = ("unexpected 'block1.weight'", "(nearest: 'layer1.weight'", "588 more names that")
+    elif what == "shapes":
+        state["fisher"] = {name: torch.zeros(5) for name in state["fisher"]}
+        shown = ("fisher['layer0.weight'] must have", "590 more entries of 'fisher'")
+    elif what == "tables":
+        state["fisher"] = {}
+        state["anchor"] = {f"_{name}": one for name, one in state["anchor"].items()}
+        shown = (
+            "missing fisher['layer0.weight']",
+            "590 more missing entries of 'fisher'",
+            "590 more unexpected entries of 'anchor'",
+        )
+    else:
+        state.update({f"key{index}": index for index in range(600)})
+        shown = ("unexpected key 'key0'", "590 more unexpected keys")
+    with unchanged(ewc, model), raises(ValueError, *shown) as caught:
+        ewc.load_state_dict(state)
+    assert len(str(caught.value)) < 10_000
+
+
+def test_row_28a_hundreds_of_parts_that_are_not_covered(kind):
+    model, ewc = make(kind)
+    other = kind(nn.Sequential(*model, *(nn.Linear(1, 1) for _ in range(300))), Classification())
+    with pytest.warns(
+        UserWarning, match=r"'3.weight' is not in the state; .*\(600 in all\)"
+    ) as caught:
+        other.load_state_dict(ewc.state_dict())
+    assert len(str(caught[0].message)) < 1000
 
 
 def test_row_28_all_at_once(kind):
