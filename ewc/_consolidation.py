@@ -243,24 +243,31 @@ class Estimate:
         """Issue the warnings that `state` has not recorded yet, for the caller of `consolidate`.
 
         Warns:
-            ZeroFisherWarning: Once for each parameter in `zero` that has entries.
+            ZeroFisherWarning: Some parameters in `zero`, which it names, have entries and have not
+                been named before.
             SlowPathWarning: Most samples were run one at a time.
         """
-        for name in self.zero:
-            if name not in state.warned and self.fisher[name].numel():
-                warnings.warn(self._zero_message(name), ZeroFisherWarning, stacklevel=3)
+        zero = [n for n in self.zero if n not in state.warned and self.fisher[n].numel()]
+        if zero:
+            warnings.warn(self._zero_message(zero), ZeroFisherWarning, stacklevel=3)
         if self.squares.slow and not state.warned_slow:
             warnings.warn(self._slow_message(), SlowPathWarning, stacklevel=3)
 
-    def _zero_message(self, name: str) -> str:
-        reason = (
-            "no gradient reached it (is it used, and not detached?)"
-            if self.squares.paths[name] == "unused"
-            else "every gradient that reached it is zero"
-        )
+    def _zero_message(self, names: list[str]) -> str:
+        unused = [name for name in names if self.squares.paths[name] == "unused"]
+        cancelled = [name for name in names if name not in unused]
+        found = []
+        if unused:
+            it, are_they = ("it", "is it") if len(unused) == 1 else ("them", "are they")
+            reason = f"no gradient reached {it} ({are_they} used, and not detached?)"
+            found.append(f"{', '.join(map(repr, unused))} is zero in every entry: {reason}.")
+        if cancelled:
+            it = "it" if len(cancelled) == 1 else "them"
+            reason = f"every gradient that reached {it} is zero"
+            found.append(f"{', '.join(map(repr, cancelled))} is zero in every entry: {reason}.")
         return (
-            f"The Fisher of {name!r} is zero in every entry: {reason}. This task does not protect "
-            "it."
+            f"The Fisher of {' The Fisher of '.join(found)} This task does not protect "
+            f"{'it' if len(names) == 1 else 'them'}."
         )
 
     def _slow_message(self) -> str:

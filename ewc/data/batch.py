@@ -17,7 +17,7 @@ from torch import Tensor
 from ewc.data.calling import split_inputs
 from ewc.data.objects import unread
 from ewc.data.reader import Reader, Slot
-from ewc.data.structures import children, holds_tensors, is_scalar, rebuild
+from ewc.data.structures import children, describe, holds_tensors, is_scalar, rebuild
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ class Batch:
     def nbytes(self) -> int:
         """The memory of copies of all `tensors`, in bytes."""
         return sum(leaf.nbytes for leaf in self._leaves if isinstance(leaf, Tensor))
+
+    @property
+    def description(self) -> str:
+        """The structure in one line, as in an error."""
+        return describe(_fill(self._structure, self._leaves))
 
     @property
     def rest(self) -> tuple[Any, ...]:

@@ -1,18 +1,16 @@
 """How a model is called on a batch, and what the likelihood gets from the batch."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from torch import nn
 
+from ewc.data.advice import LABELS, accepts, forward_template, signature
 from ewc.data.structures import describe, holds_tensors
 from ewc.errors import InvalidBatch
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 """`forward(model, batch) -> outputs`, for the loader's batch or any part of it, also in `vmap`."""
-
-_LABELS = "labels"
 
 
 def apply(
@@ -25,7 +23,8 @@ def apply(
         raw: The batch in the loader's structure.
         forward: `forward(model, batch) -> outputs`. If it is None, the model is called:
             `model(*inputs)` for a list or tuple of inputs; `model(**inputs)` for a mapping, and
-            for a batch that is itself a mapping, without its `labels`; else `model(inputs)`, also
+            for a batch that is itself a mapping, without its `labels` (an encoder-decoder model
+            with its `labels`, of which it makes the decoder's inputs); else `model(inputs)`, also
             for a list of one object per sample.
         whole: Whether a list of inputs holds one entry per sample, and is passed as it is.
 
@@ -43,18 +42,20 @@ def apply(
         keywords: Mapping[str, Any] = {}
         if isinstance(inputs, Mapping):
             arguments, keywords = (), inputs
+            if isinstance(raw, Mapping) and _decodes_labels(model, raw):
+                keywords = raw
         elif isinstance(inputs, (list, tuple)) and holds_tensors(inputs) and not whole:
             arguments = tuple(inputs)
         try:
             outputs = model(*arguments, **keywords)
         except TypeError as error:
-            if _accepts(model, arguments, keywords):
+            if accepts(model.forward, *arguments, **keywords):
                 raise
             raise InvalidBatch(
                 "without a forward, the inputs of a batch must match the arguments of "
-                f"{type(model).__name__}.forward{_signature(model)}; found the batch "
-                f"{describe(raw)}. Fix: yield (inputs, *rest) with matching inputs, or pass a "
-                f"forward:\n{forward_template(raw)}"
+                f"{type(model).__name__}.forward{signature(model.forward) or '(...)'}; found the "
+                f"batch {describe(raw)}. Fix: yield (inputs, *rest) with matching inputs, or pass "
+                f"a forward:\n{forward_template(raw, model)}"
             ) from error
     logits = getattr(outputs, "logits", None)
     return (outputs if logits is None else logits), rest
@@ -63,42 +64,11 @@ def apply(
 def split_inputs(raw: Any) -> tuple[Any, tuple[Any, ...]]:
     """Split a batch into the model's inputs and `rest`, which the likelihood is called with."""
     if isinstance(raw, Mapping):
-        inputs = {key: value for key, value in raw.items() if key != _LABELS}
-        return inputs, ((raw[_LABELS],) if _LABELS in raw else ())
+        inputs = {key: value for key, value in raw.items() if key != LABELS}
+        return inputs, ((raw[LABELS],) if LABELS in raw else ())
     if isinstance(raw, (list, tuple)):
         return raw[0], tuple(raw[1:])
     return raw, ()
-
-
-def forward_template(raw: Any) -> str:
-    """The code of a `forward` that reads this batch, for an error that asks for one."""
-    take = "        ...  # take the model's inputs out of batch\n"
-    call = "        return model(inputs)"
-    if isinstance(raw, Mapping) and raw:
-        first = next(iter(cast("Mapping[str, Any]", raw)))
-        take, call = "", f"        return model(batch[{first!r}])"
-    elif isinstance(raw, (list, tuple)) and len(raw) > 1:
-        take = f"        inputs, {', '.join(f'rest_{i}' for i in range(1, len(raw)))} = batch\n"
-    return f"    def forward(model, batch):\n{take}{call}"
-
-
-def _signature(model: nn.Module) -> inspect.Signature | str:
-    try:
-        return inspect.signature(model.forward)
-    except (TypeError, ValueError):  # compiled and scripted forwards may have none
-        return "(...)"
-
-
-def _accepts(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
-    """Whether the model's `forward` takes these arguments; then a TypeError came from inside it."""
-    signature = _signature(model)
-    if isinstance(signature, str):
-        return True
-    try:
-        signature.bind(*arguments, **keywords)
-    except TypeError:
-        return False
-    return True
 
 
 def check_forward(forward: Forward | None) -> None:
@@ -112,3 +82,16 @@ def check_forward(forward: Forward | None) -> None:
             "forward must be a function forward(model, batch) -> outputs; found "
             f"{type(forward).__name__}."
         )
+
+
+def _decodes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether a model makes the inputs of its decoder from the labels, as when it is trained.
+
+    Without them it would make something else of its encoder's inputs, or fail.
+    """
+    config = getattr(model, "config", None)
+    return (
+        bool(getattr(config, "is_encoder_decoder", False))
+        and LABELS in batch
+        and batch.get("decoder_input_ids") is None
+    )

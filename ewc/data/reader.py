@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ewc.data.calling import forward_template
+from ewc.data.advice import conversion, forward_template, is_array
 from ewc.data.lists import Lists
 from ewc.data.structures import children, describe, holds_tensors, is_scalar, rebuild
 from ewc.errors import InvalidBatch
@@ -76,9 +76,8 @@ class Reader:
         Raises:
             InvalidBatch: See `Batch.read`.
         """
-        if not isinstance(raw, (Tensor, list, tuple, Mapping)) or (
-            not isinstance(raw, Tensor) and len(raw) == 0
-        ):
+        is_batch = isinstance(raw, (Tensor, list, tuple, Mapping)) or is_array(raw)
+        if not is_batch or (not isinstance(raw, Tensor) and len(raw) == 0):
             raise InvalidBatch(
                 f"{_RULE}; found {describe(raw)}. Fix: let the loader (its collate_fn, or a "
                 "generator around it) yield such a batch, and build the object that the model "
@@ -87,10 +86,12 @@ class Reader:
         if isinstance(raw, Tensor) and targets_required:
             raise InvalidBatch(
                 'a batch must hold targets for fisher_type="empirical"; found one bare tensor, '
-                f"{describe(raw)}. Fix: yield (inputs, targets), or choose "
+                f"{describe(raw)}. Fix: yield (inputs, targets); (inputs,) if the likelihood takes "
+                "the outputs alone, ((x,) for x in loader); or choose "
                 'fisher_type="exact" or "mc", which need no targets.'
             )
         self._lists = Lists(raw, self._batch_dim, self._known)
+        self._raw = raw
         structure = self._read(raw, "batch", is_batch=True)
         self.size = self._common_size(raw)
         return structure
@@ -155,9 +156,14 @@ class Reader:
             return rebuild(value, [self._read(item, _path(path, key)) for key, item in keyed])
         if is_scalar(value):
             return value
+        if is_array(value):
+            raise InvalidBatch(
+                f"{_RULE}; found an array, {type(value).__name__}, at {path}. Fix: make tensors of "
+                f"arrays, ({conversion(self._raw)} for b in loader)."
+            )
         raise InvalidBatch(
-            f"{_RULE}; found {type(value).__name__} at {path}. Fix: let the loader yield tensors "
-            "(torch.as_tensor for an array), or a list of one such object per sample, and build "
+            f"{_RULE}; found {type(value).__name__} at {path}. Fix: let the loader yield tensors, "
+            "or a list of one such object per sample, and build "
             "what the model takes in a forward:\n"
             "    def forward(model, batch):\n"
             f"        return model(make_{type(value).__name__.lower()}({path}))"

@@ -8,8 +8,9 @@ from torch import Tensor
 from ewc._options import Method
 from ewc.data.batch import Batch
 from ewc.errors import InvalidBatch
-from ewc.fisher.batches import Bundle, naming
+from ewc.fisher.batches import Bundle
 from ewc.fisher.coordination import A_FEW, Coordination
+from ewc.fisher.notes import is_users
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
@@ -64,11 +65,17 @@ class Accumulator:
         """Add the squares of the batches of a bundle."""
         try:
             self._add(bundle.join())
-        except InvalidBatch:
+        except Exception as error:
+            if not is_users(error):
+                raise
+            may_run = not self._coordination.is_lockstep
             for index, batch in bundle if len(bundle) > 1 else ():  # to find the batch
-                with naming(index):
+                with self._runner.explaining(f"batch {index}", batch):
                     self._add(batch)
-            with naming(bundle.indices[-1]):
+            which = f"batch {bundle.indices[-1]}"
+            if len(bundle) > 1:
+                which = f"one of the batches {bundle.indices[0]} to {bundle.indices[-1]}"
+            with self._runner.explaining(which, bundle.batches[-1], may_run=may_run):
                 raise
         self.samples += bundle.size
         self._batches += len(bundle)

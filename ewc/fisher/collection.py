@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ewc._options import FisherType, Method
 from ewc.data.calling import Forward
 from ewc.fisher.accumulation import Accumulator
-from ewc.fisher.batches import Reading, naming
+from ewc.fisher.batches import Reading
 from ewc.fisher.coordination import Coordination, Independent
 from ewc.fisher.mixing import refuse_batch_statistics
 from ewc.fisher.numerics import without_compilation
@@ -134,7 +134,8 @@ def _run(
     verified_on = coordination.verification_batch(own)
     if verified_on is None:
         return Accumulator(runner, coordination, sums, "there are no samples")
-    with naming(reading.index):
+    which, may_run = f"batch {reading.index}", not coordination.is_lockstep
+    with runner.explaining(which, first or verified_on, may_run=may_run):
         methods = verify(runner, coordination, verified_on, sums)
     coordination.end_verification()
     accumulator = Accumulator(runner, coordination, sums, methods)

@@ -36,22 +36,22 @@ class Runs:
     """Runs a model, and keeps its outputs.
 
     Args:
-        outputs: `outputs(raw) -> (outputs, rest)`: runs the model.
+        outputs: `outputs(raw, samples) -> (outputs, rest)`: runs the model.
 
     Attributes:
         found: The tensors in the outputs of each run.
         read: Whether the model has read values out of tensors, to branch on them.
     """
 
-    def __init__(self, outputs: Callable[[Any], tuple[Any, tuple[Any, ...]]]) -> None:
+    def __init__(self, outputs: Callable[[Any, int], tuple[Any, tuple[Any, ...]]]) -> None:
         self.found: list[list[Tensor]] = []
         self.read = False
         self._outputs = outputs
 
-    def __call__(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Run the model once more."""
+    def __call__(self, raw: Any, samples: int = 1) -> tuple[Any, tuple[Any, ...]]:
+        """Run the model once more, on so many samples."""
         with _ReadsMode() as reads:
-            outputs, rest = self._outputs(raw)
+            outputs, rest = self._outputs(raw, samples)
         self.found.append(_tensors(outputs))
         self.read = self.read or reads.seen
         return outputs, rest
@@ -77,7 +77,7 @@ def refuse_mixing(model: nn.Module, runs: Runs, batch: Batch, restore: Callable[
     def run(part: Batch) -> list[Tensor]:
         try:
             with full_precision():
-                runs(part.raw)
+                runs(part.raw, part.size)
             return runs.found[-1]
         finally:
             restore()

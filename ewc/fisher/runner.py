@@ -1,6 +1,7 @@
 """Runs the model of one collection by each of the methods; restores it after each run."""
 
 from collections.abc import Callable, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,13 @@ from torch import Tensor, nn
 
 from ewc._autocast import without_autocast
 from ewc._options import FisherType
+from ewc.data.advice import LABELS, missing_labels
 from ewc.data.batch import Batch
 from ewc.data.calling import Forward, apply
 from ewc.data.lists import INPUTS
+from ewc.errors import InvalidBatch
 from ewc.fisher import terms
+from ewc.fisher.notes import calling, explaining
 from ewc.fisher.numerics import without_cudnn
 from ewc.fisher.paths.loop import run_loop
 from ewc.fisher.paths.vectorised import Outputs, Recorded, Terms, Vectorised
@@ -70,6 +74,14 @@ class Runner:
         """
         if targets_required is None:
             targets_required = self.fisher_type == "empirical"
+        if (
+            targets_required
+            and isinstance(raw, Mapping)
+            and len(raw) > 0
+            and LABELS not in raw
+            and self.likelihood.needs_targets
+        ):
+            raise InvalidBatch(missing_labels(raw, self.model, self.likelihood.batch_dim))
         return Batch.read(
             raw,
             batch_dim=self.likelihood.batch_dim,
@@ -78,13 +90,35 @@ class Runner:
             known=self.known_lists,
         )
 
-    def outputs(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
+    def outputs(self, raw: Any, samples: int = 1) -> tuple[Any, tuple[Any, ...]]:
         """Run the model: its outputs, and the other arguments of the likelihood."""
-        return apply(self.model, raw, self.forward, whole=self.known_lists.get(INPUTS, False))
+        whole = self.known_lists.get(INPUTS, False)
+        with calling(samples):
+            return apply(self.model, raw, self.forward, whole=whole)
 
     def terms(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
         """What is differentiated, `[K, samples]`."""
-        return terms.terms(self.likelihood, self.fisher_type, outputs, rest, samples)
+        with calling(samples):
+            return terms.terms(self.likelihood, self.fisher_type, outputs, rest, samples)
+
+    def explaining(
+        self, which: str, batch: Batch, *, may_run: bool = True
+    ) -> AbstractContextManager[None]:
+        """Explain the exceptions of model, forward and likelihood inside the context.
+
+        Args:
+            which: The batch or batches, as the loader counts them.
+            batch: The batch, as the loader yielded it.
+            may_run: Whether the model may be run once more.
+        """
+        return explaining(which, batch, self._run_whole if may_run else None)
+
+    def _run_whole(self, batch: Batch) -> None:
+        try:
+            with self.randomness.stream():
+                self.terms(*self.outputs(batch.raw), batch.size)
+        finally:
+            self.restore()
 
     def record(self, vectorised: Vectorised, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded:
         """Run forward on all samples at once; `reverse` must follow."""

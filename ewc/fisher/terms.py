@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ewc import _vmap
 from ewc._options import FisherType
+from ewc.data.advice import accepts, signature
+from ewc.data.structures import describe
 from ewc.errors import InvalidBatch
 from ewc.likelihoods import Likelihood
 
@@ -36,13 +38,11 @@ def terms(
     Raises:
         InvalidBatch: If the likelihood does not return one differentiable value per sample.
     """
+    found = _called(likelihood, fisher_type, outputs, rest)
     if fisher_type == "exact":
-        found = likelihood.exact_terms(outputs, *rest)
         required = f"exact_terms(outputs, *rest) -> [K, {samples}]"
         dims = 2
     else:
-        method = likelihood.nll if fisher_type == "empirical" else likelihood.sampled_nll
-        found = method(outputs, *rest)
         required = f"nll(outputs, *rest) -> [{samples}], one value per sample, not reduced"
         dims = 1
     required = f"{type(likelihood).__name__} must define {required}"
@@ -62,6 +62,37 @@ def terms(
     if not found.is_floating_point():
         raise InvalidBatch(f"{required}, of real numbers; found {found.dtype}.")
     return found if dims == 2 else found.unsqueeze(0)
+
+
+def _called(
+    likelihood: Likelihood, fisher_type: FisherType, outputs: Any, rest: tuple[Any, ...]
+) -> Any:
+    """What the likelihood returns, unreduced.
+
+    Raises:
+        InvalidBatch: It does not take these arguments.
+    """
+    try:
+        if fisher_type == "exact":
+            return likelihood.exact_terms(outputs, *rest)
+        return (likelihood.nll if fisher_type == "empirical" else likelihood.sampled_nll)(
+            outputs, *rest
+        )
+    except TypeError as error:
+        name, written = "nll", likelihood.function
+        if fisher_type == "exact":
+            name, written = "exact_terms", likelihood.exact_terms
+        elif fisher_type == "mc":
+            rest = rest or ("drawn targets",)
+        if accepts(written, outputs, *rest):
+            raise
+        raise InvalidBatch(
+            f"the likelihood is called as {name}(outputs, *rest), where rest is what follows the "
+            f"inputs in a batch; found {name}{signature(written)} and rest = {describe(rest)}. "
+            f"Fix: let it take them, {name}(outputs, targets, *_); or yield what it takes: "
+            "((x,) for x, *_ in loader) for the outputs alone, ((x, y) for x, y, *_ in loader) for "
+            "one more."
+        ) from error
 
 
 def surrogate_terms(outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:

@@ -60,7 +60,7 @@ def _verify(
     runs = Runs(runner.outputs)
     if batch.size == 2:
         with runner.randomness.stream(), full_precision():
-            runs(batch.raw)
+            runs(batch.raw, 2)
         runner.restore()
     try:
         with coordination.adding_to(expected) as own_sums, full_precision():

@@ -47,6 +47,11 @@ class Custom(Likelihood):
     def __repr__(self) -> str:
         return f"Custom({self._nll!r}, sample={self._sample!r}, batch_dim={self.batch_dim})"
 
+    @property
+    @override
+    def function(self) -> Callable[..., Tensor]:
+        return self._nll
+
     @override
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
         return self._nll(outputs, *rest)

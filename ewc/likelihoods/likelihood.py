@@ -1,12 +1,14 @@
 """The base class of likelihoods: what a subclass defines, and what the Fisher information needs."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ewc._options import FisherType
+from ewc.data.advice import accepts
 
 _REQUIRED_METHODS = {
     "exact": "exact_terms(outputs, *rest) -> [K, N]",
@@ -55,6 +57,16 @@ class Likelihood(ABC):
         costs more.
         """
         return self._takes_batches
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """The `nll` that a user has written, with its arguments."""
+        return self.nll
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether `nll` must be called with more than the outputs."""
+        return not accepts(self.function, None)
 
     # Type checkers let a subclass narrow exactly (*args: Any, **kwargs: Any) to arguments of its
     # own, such as (outputs: Tensor, targets: Tensor).

@@ -172,6 +172,11 @@ class Pointwise(Likelihood):
     def takes_batches(self) -> bool:
         return super().takes_batches and self.target_transform is None
 
+    @property
+    @override
+    def needs_targets(self) -> bool:
+        return super().needs_targets or not redefines(self, Pointwise, "nll")
+
     @override
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
         targets = self.targets_in(rest, required=True)

@@ -76,6 +76,11 @@ class TimeSeries(Likelihood, takes_batches=True):
     def supports(self, fisher_type: FisherType) -> bool:
         return self.step.supports(fisher_type)
 
+    @property
+    @override
+    def needs_targets(self) -> bool:
+        return super().needs_targets or not redefines(self, TimeSeries, "nll")
+
     @override
     def nll(self, outputs: Any, *rest: Any) -> Tensor:
         nll = self.step.weighted_nll(*self._steps(outputs, rest, required=True))

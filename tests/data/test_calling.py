@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ewc import EWC, Classification, TimeSeries
 from ewc.data.calling import apply
 from ewc.errors import InvalidBatch
+from tests import oracle
+from tests.support.asserts import assert_close
 from tests.support.reading import read, x
 
 
@@ -95,3 +98,68 @@ def test_the_forward_template_is_python(raw: Any) -> None:
         apply(TwoInputs(), raw) if isinstance(raw, (tuple, dict)) else read(raw)
     template = str(error.value).partition("    def forward")[2]
     compile("def forward" + template.replace("\n    ", "\n"), "template", "exec")
+
+
+class Translator(nn.Module):
+    """Makes its decoder's inputs of the labels, and of its encoder's inputs where it has none."""
+
+    def __init__(self, is_encoder_decoder: Any = True) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder)
+        self.layer = nn.Embedding(5, 5, dtype=torch.float64)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+    ) -> SimpleNamespace:
+        if decoder_input_ids is None:
+            decoder_input_ids = (input_ids if labels is None else labels).roll(1, 1)
+        hidden = self.layer(decoder_input_ids) + self.layer(input_ids).mean(1, keepdim=True)
+        return SimpleNamespace(loss=torch.zeros(()), logits=hidden.tanh())
+
+
+class TestEncoderDecoders:
+    ids, labels, given = torch.randint(5, (3, 6, 4), generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize("fisher_type", ["empirical", "exact"])
+    @pytest.mark.parametrize("given", ["absent", "None", "ids"])
+    @pytest.mark.parametrize("encoder_decoder", [True, False])
+    def test_decode_their_labels(self, fisher_type: Any, given: str, encoder_decoder: bool) -> None:
+        torch.manual_seed(0)
+        model = Translator(encoder_decoder)
+        batch: dict[str, Any] = {"input_ids": self.ids, "labels": self.labels}
+        decoded: Tensor | None = self.labels.roll(1, 1) if encoder_decoder else None
+        if given == "ids":
+            batch["decoder_input_ids"] = decoded = self.given
+        elif given == "None":
+            batch["decoder_input_ids"] = None
+
+        def losses(model: nn.Module, n: int) -> Tensor:
+            one = slice(n, n + 1)
+            outputs = model(
+                self.ids[one], decoder_input_ids=None if decoded is None else decoded[one]
+            ).logits[0]
+            logs = outputs.log_softmax(1)
+            if fisher_type == "exact":
+                return (-logs * logs.exp().detach().sqrt()).flatten()
+            return -logs.gather(1, self.labels[one].t()).sum()[None]
+
+        likelihood = TimeSeries(Classification(), batch_first=True)
+        ewc = EWC(model, likelihood, fisher_type=fisher_type)
+        ewc.consolidate([batch])
+        expected = oracle.squares(model, losses, 6)
+        assert_close(ewc.fisher, {name: each / 6 for name, each in expected.items()}, 1e-12)
+
+    def test_a_forward_decides_for_itself(self) -> None:
+        batch = {"input_ids": self.ids, "labels": self.labels}
+        model = Translator()
+        outputs, rest = apply(model, batch, lambda model, batch: model(batch["input_ids"]))
+        assert torch.equal(outputs, model(self.ids).logits)
+        assert rest[0] is self.labels
+
+    def test_without_labels(self) -> None:
+        outputs, rest = apply(Translator(), {"input_ids": self.ids})
+        assert outputs.shape == (6, 4, 5)
+        assert rest == ()

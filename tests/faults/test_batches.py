@@ -134,7 +134,7 @@ def test_row_12_inputs_that_do_not_match_forward(kind):
         kind,
         [((x, x), y)],
         "Sequential.forward(input",
-        "found the batch ((Tensor[2, 5] float32, Tensor[2, 5] float32), Tensor[2] int64)",
+        "found the batch ((Tensor[4, 5] float32, Tensor[4, 5] float32), Tensor[4] int64)",
         "def forward(model, batch):",
     )
 
@@ -153,6 +153,18 @@ def test_row_12a_a_packed_sequence(kind):
 def test_row_12b_missing_targets(kind):
     x, _ = make_task()[0]
     refused(kind, [x], "must hold targets", "bare tensor", "Tensor[4, 5]", '"exact"')
+
+
+def test_row_12c_a_mapping_without_labels(kind):
+    x, y = make_task()[0]
+    parts = ("found the keys 'x', 'y'", '((b["x"], b["y"]) for b in loader)', "Custom(")
+    refused(kind, [{"x": x, "y": y}], "in batch 0", *parts, 'model(batch["x"]), batch["y"]')
+
+
+def test_row_12d_arrays(kind):
+    x, y = make_task()[0]
+    expected = "((torch.as_tensor(b[0]).float(), torch.as_tensor(b[1])) for b in loader)"
+    refused(kind, [(x.double().numpy(), y.numpy())], "an array, ndarray, at batch[0]", expected)
 
 
 def test_row_13_inputs_and_targets_of_different_lengths(kind):
@@ -187,7 +199,7 @@ def test_row_13_a_label_outside_allowed_outputs(kind):
 def test_row_13_regression_targets_of_another_shape(kind):
     x, _ = make_task()[0]
     for wrong in (torch.zeros(4), torch.zeros(4, 1), torch.zeros(4, CLASSES + 1)):
-        found = f"[1, 3]; found Tensor{[1, *wrong.shape[1:]]} float32"
+        found = f"[4, 3]; found Tensor{list(wrong.shape)} float32"
         refused(kind, [(x, wrong)], found, "never broadcast", likelihood=Regression())
 
 
@@ -228,8 +240,8 @@ def test_row_13b_a_mask_or_weights_after_the_targets(kind):
     [
         (F.cross_entropy, ["found a tensor of shape []", "reduction='none'"]),
         (lambda o, y: F.cross_entropy(o, y).item(), ["found float"]),
-        (lambda o, y: o.log_softmax(1), ["found a tensor of shape [1, 3]", "reduction='none'"]),
-        (lambda o, y: torch.cat([o.sum(1)] * 2), ["found a tensor of shape [2]"]),
+        (lambda o, y: o.log_softmax(1), ["found a tensor of shape [4, 3]", "reduction='none'"]),
+        (lambda o, y: torch.cat([o.sum(1)] * 2), ["found a tensor of shape [8]"]),
         (lambda o, y: o.sum(1)[:0], ["found a tensor of shape [0]"]),
         (lambda o, y: F.cross_entropy(o.detach(), y, reduction="none"), ["without a graph"]),
         (lambda o, y: None, ["found NoneType"]),
@@ -238,8 +250,13 @@ def test_row_13b_a_mask_or_weights_after_the_targets(kind):
     ids=["scalar", "number", "unreduced", "too long", "too short", "detached", "none", "complex"],
 )
 def test_row_14_an_invalid_nll(kind, nll, parts):
-    expected = "Custom must define nll(outputs, *rest) -> [1], one value per sample, not reduced"
+    expected = "Custom must define nll(outputs, *rest) -> [4], one value per sample, not reduced"
     refused(kind, make_task(), expected, *parts, likelihood=Custom(nll))
+
+
+def test_row_14a_an_nll_of_other_arguments(kind):
+    parts = ("nll(outputs, *rest)", "found nll(out)", "rest = (Tensor[4] int64)")
+    refused(kind, make_task(), *parts, likelihood=Custom(lambda out: out.sum(1)))
 
 
 def test_row_14_without_a_graph_under_no_grad(kind):

@@ -81,14 +81,42 @@ class Ignored(nn.Module):
         return self.body(x) + 0.0 * self.multiplied
 
 
+class Heads(nn.Module):
+    """A head for each task."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.heads = nn.ModuleList([make_model() for _ in range(heads)])
+
+    def forward(self, x, task=0):
+        return self.heads[task](x)
+
+
+def test_row_16_one_warning_for_all_heads(kind):
+    model = Heads(3)
+    ewc = kind(model, Classification())
+    with pytest.warns(ZeroFisherWarning) as caught:
+        ewc.consolidate(make_task())
+    (text,) = [str(one.message) for one in caught]
+    names = [name for name, _ in model.named_parameters() if not name.startswith("heads.0.")]
+    assert f"{', '.join(map(repr, names))} is zero in every entry: no gradient reached them" in text
+    with pytest.warns(ZeroFisherWarning) as caught:  # those of the first head, for the first time
+        ewc.consolidate(make_task(), forward=lambda model, batch: model(batch[0], 1))
+    (text,) = [str(one.message) for one in caught]
+    assert "'heads.0.2.bias' is zero" in text
+    assert "heads.1" not in text
+    assert "heads.2" not in text
+    ewc.consolidate(make_task(), forward=lambda model, batch: model(batch[0], 2))
+
+
 def test_row_16_one_warning_per_name_ever(kind):
     ewc = kind(Ignored(), Classification())
     with pytest.warns(ZeroFisherWarning) as caught:
         ewc.consolidate(make_task())
-    texts = [str(one.message) for one in caught]
-    assert len(texts) == 2
-    assert "'unused' is zero in every entry: no gradient reached it" in texts[0]
-    assert "'multiplied' is zero in every entry: every gradient that reached it is" in texts[1]
+    (text,) = [str(one.message) for one in caught]
+    assert "'unused' is zero in every entry: no gradient reached it" in text
+    assert "'multiplied' is zero in every entry: every gradient that reached it is" in text
+    assert "does not protect them" in text
     assert caught[0].filename == __file__
     ewc.consolidate(make_task())
     copy.deepcopy(ewc).consolidate(make_task())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ewc.data.batch import Batch
 from ewc.fisher.gradients import add_square
+from ewc.fisher.notes import calling
 from ewc.fisher.paths.graph import correct_batch_norms, nodes
 
 
@@ -63,7 +64,10 @@ def run_loop(
             correct_batch_norms(of_one.grad_fn)
             last = len(of_one) - 1
             for k, term in enumerate(of_one.unbind(0)):
-                found = torch.autograd.grad(term, leaves, retain_graph=k < last, allow_unused=True)
+                with calling(1):  # functions of the user's own have a backward of their own
+                    found = torch.autograd.grad(
+                        term, leaves, retain_graph=k < last, allow_unused=True
+                    )
                 for name, gradient in zip(parameters, found, strict=True):
                     if gradient is not None and name not in hooked:
                         receive(name, gradient)
