@@ -21,12 +21,21 @@ from ewc.errors import (
     ZeroFisherWarning,
 )
 from ewc.integrations.hypnettorch import context_mod_forward
-from ewc.likelihoods import Classification, Custom, Likelihood, Pointwise, Regression, TimeSeries
+from ewc.likelihoods import (
+    Bernoulli,
+    Classification,
+    Custom,
+    Likelihood,
+    Pointwise,
+    Regression,
+    TimeSeries,
+)
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "EWC",
+    "Bernoulli",
     "Classification",
     "Curvature",
     "Custom",

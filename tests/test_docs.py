@@ -134,6 +134,7 @@ def test_examples_in_docstrings_run(each: object) -> None:
         "Likelihood",
         "Pointwise",
         "Classification",
+        "Bernoulli",
         "Regression",
         "TimeSeries",
         "Custom",

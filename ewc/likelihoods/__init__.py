@@ -10,6 +10,7 @@ what the three types are; Martens, *New insights and perspectives on the natural
 (2020), for the likelihoods and their exact expectations.
 """
 
+from ewc.likelihoods.bernoulli import Bernoulli
 from ewc.likelihoods.classification import Classification
 from ewc.likelihoods.custom import Custom
 from ewc.likelihoods.faults import Fault
@@ -19,6 +20,7 @@ from ewc.likelihoods.regression import Regression
 from ewc.likelihoods.time_series import TimeSeries
 
 __all__ = [
+    "Bernoulli",
     "Classification",
     "Custom",
     "Fault",

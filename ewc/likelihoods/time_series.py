@@ -33,8 +33,8 @@ class TimeSeries(Likelihood, takes_batches=True):
 
     Args:
         step: The likelihood of one step, on outputs `[n, F]`: a `Classification`, the default, a
-            `Regression`, or another `Pointwise`. Its `target_transform` sees the targets of whole
-            sequences.
+            `Regression`, a `Bernoulli`, or another `Pointwise`. Its `target_transform` sees the
+            targets of whole sequences.
         batch_first: Whether the samples come before time.
 
     Raises:
@@ -53,8 +53,9 @@ class TimeSeries(Likelihood, takes_batches=True):
         step = Classification() if step is None else step
         if not isinstance(step, Pointwise) or redefines(step, Pointwise, *_SUMS):
             raise TypeError(
-                "step must be a Classification, a Regression or another Pointwise that defines "
-                f"position_nll and not {', '.join(_SUMS[:-1])} or {_SUMS[-1]}; found {step!r}. "
+                "step must be a Classification, a Bernoulli, a Regression or another Pointwise "
+                f"that defines position_nll and not {', '.join(_SUMS[:-1])} or {_SUMS[-1]}; found "
+                f"{step!r}. "
                 "Fix: define position_nll; or a Likelihood with batch_dim = 1 (0 if the samples "
                 "come first) that sums over time itself."
             )

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Normal
+from torch import Tensor, distributions
+from torch.distributions import Categorical, Normal
 
 from ewc.likelihoods import (
+    Bernoulli,
     Classification,
     Fault,
     Likelihood,
@@ -388,16 +389,74 @@ def sequence_cases() -> dict[str, Case]:
     }
 
 
+def tosses_nll(outputs: Tensor, targets: Tensor) -> Tensor:
+    return -distributions.Bernoulli(logits=outputs).log_prob(targets.to(outputs.dtype)).sum()
+
+
+def tosses(outputs: Tensor) -> Outcomes:
+    for targets in itertools.product((0.0, 1.0), repeat=outputs.numel()):
+        drawn = torch.tensor(targets, dtype=outputs.dtype).reshape(outputs.shape)
+        yield distributions.Bernoulli(logits=outputs).log_prob(drawn).sum().exp().item(), drawn
+
+
+def bernoulli_cases() -> dict[str, Case]:
+    def labels(*shape: int) -> Tensor:
+        return torch.randint(0, 2, shape)
+
+    def expected(outputs: Tensor, p: Tensor) -> Tensor:
+        ones, zeros = torch.ones_like(outputs), torch.zeros_like(outputs)
+        coin = distributions.Bernoulli(logits=outputs)
+        return -(p * coin.log_prob(ones) + (1 - p) * coin.log_prob(zeros)).sum()
+
+    return {
+        "one question": Case(
+            Bernoulli(), lambda n: (normal(n), labels(n).bool()), tosses_nll, tosses
+        ),
+        "many questions, ids": Case(
+            Bernoulli(),
+            lambda n: (normal(n, 3), labels(n, 3).to(torch.uint8), torch.arange(n)),
+            lambda o, t, _: tosses_nll(o, t),
+            tosses,
+        ),
+        "probable answers": Case(
+            Bernoulli(), lambda n: (normal(n, 2, 2), torch.rand(n, 2, 2)), expected, tosses
+        ),
+        "some questions": Case(
+            Bernoulli([2, 0]),
+            lambda n: (normal(n, 3), labels(n, 2).float()),
+            lambda o, t: tosses_nll(o[:, [2, 0]], t),
+            lambda o: tosses(o[:, [2, 0]]),
+        ),
+        "answers not known": Case(
+            Bernoulli(),
+            lambda n: garbled(normal(n, 3), labels(n, 3), -1, torch.rand(n, 3) < 0.6),
+            lambda o, t, m: tosses_nll(o[m], t[m]),
+            tosses,
+        ),
+        "questions, transform": Case(
+            Bernoulli(target_transform=lambda t: t[..., :2] > 0),
+            lambda n: (normal(n, 2), normal(n, 3)),
+            lambda o, t: tosses_nll(o, t[:, :2] > 0),
+            tosses,
+            drawn=Bernoulli(),
+        ),
+        "questions at each step, masked": Case(
+            TimeSeries(Bernoulli(), batch_first=True),
+            lambda n: garbled(normal(n, 2, 2), labels(n, 2, 2), 7, torch.rand(n, 2, 2) < 0.6),
+            lambda o, t, m: tosses_nll(o[m], t[m]),
+            tosses,
+        ),
+        "questions at each step, weighted": Case(
+            TimeSeries(Bernoulli()),
+            lambda n: (normal(3, n, 1), labels(3, n, 1), torch.rand(3, n)),
+            lambda o, t, w: torch.stack([w[i, 0] * tosses_nll(o[i], t[i]) for i in range(3)]).sum(),
+            tosses,
+        ),
+    }
+
+
 def user_cases() -> dict[str, Case]:
     """Subclasses of `Pointwise` that are not the library's."""
-
-    def reference(outputs: Tensor, targets: Tensor) -> Tensor:
-        return -Bernoulli(logits=outputs).log_prob(targets.to(outputs.dtype)).sum()
-
-    def tosses(outputs: Tensor) -> Outcomes:
-        for targets in itertools.product((0.0, 1.0), repeat=outputs.numel()):
-            drawn = torch.tensor(targets, dtype=outputs.dtype).reshape(outputs.shape)
-            yield Bernoulli(logits=outputs).log_prob(drawn).sum().exp().item(), drawn
 
     def masked(n: int) -> tuple[Tensor, ...]:
         mask = torch.rand(3, n) < 0.6
@@ -407,28 +466,34 @@ def user_cases() -> dict[str, Case]:
         "a user's": Case(
             Coins(),
             lambda n: (normal(n, 2, 2), torch.randint(0, 2, (n, 2, 2))),
-            reference,
+            tosses_nll,
             tosses,
         ),
         "a user's, masked": Case(
             Coins(),
             lambda n: garbled(normal(n, 2), torch.ones(n, 2), math.nan, torch.rand(n, 2) < 0.6),
-            lambda o, t, m: reference(o[m], t[m]),
+            lambda o, t, m: tosses_nll(o[m], t[m]),
             tosses,
         ),
         "a user's, head": Case(
             FewCoins(),
             lambda n: (normal(n, 3), torch.randint(0, 2, (n, 2))),
-            lambda o, t: reference(o[:, [2, 0]], t),
+            lambda o, t: tosses_nll(o[:, [2, 0]], t),
             lambda o: tosses(o[:, [2, 0]]),
         ),
         "a user's, masked steps": Case(
             TimeSeries(Coins()),
             masked,
-            lambda o, t, m: reference(o[m], t[m]),
+            lambda o, t, m: tosses_nll(o[m], t[m]),
             tosses,
         ),
     }
 
 
-CASES = classification_cases() | regression_cases() | sequence_cases() | user_cases()
+CASES = (
+    classification_cases()
+    | bernoulli_cases()
+    | regression_cases()
+    | sequence_cases()
+    | user_cases()
+)

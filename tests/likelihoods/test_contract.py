@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ewc.errors import InvalidBatch
-from ewc.likelihoods import Classification, Regression, TimeSeries
+from ewc.likelihoods import Bernoulli, Classification, Regression, TimeSeries
 from tests.likelihoods.cases import CASES, Case, normal
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -214,13 +214,14 @@ def test_all_three_types_are_supported(case: Case) -> None:
     "likelihood",
     [
         Classification([1, 2], target_transform=torch.abs, ignore_index=7),
+        Bernoulli([0, 1]),
         Regression(torch.tensor([1.0, 2.0]), allowed_outputs=[0, 1]),
         TimeSeries(Regression(3.0), batch_first=True),
     ],
     ids=lambda likelihood: type(likelihood).__name__,
 )
 def test_copies_and_pickles_are_equal(
-    likelihood: Classification | Regression | TimeSeries,
+    likelihood: Classification | Bernoulli | Regression | TimeSeries,
 ) -> None:
     for other in (copy.deepcopy(likelihood), pickle.loads(pickle.dumps(likelihood))):
         assert repr(other) == repr(likelihood)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ewc import (
     EWC,
+    Bernoulli,
     Classification,
     Custom,
     Likelihood,
@@ -35,6 +36,7 @@ OnlineEWC(model, Classification(), fisher_type="fisher")  # error
 OnlineEWC(model, Classification(), decay="0.9")  # error
 
 Classification([0, 1], abs)  # error
+Bernoulli([0, 1], abs)  # error
 Regression(1.0, [0, 1])  # error
 TimeSeries(Classification(), True)  # error
 TimeSeries(Custom(poisson_nll))  # error

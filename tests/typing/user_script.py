@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ewc.fisher
 from ewc import (
     EWC,
+    Bernoulli,
     Classification,
     Curvature,
     Custom,
@@ -104,6 +105,7 @@ def likelihoods() -> list[Likelihood]:
     return [
         Classification(),
         Classification([0, 1], target_transform=lambda labels: labels, ignore_index=-1),
+        Bernoulli([0, 1], target_transform=lambda labels: labels),
         Regression(0.5, allowed_outputs=range(2)),
         Regression(torch.ones(3)),
         TimeSeries(),
