@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.integrations.recipes import Contract
+from ewc import EWC, Classification, ZeroFisherWarning
+from tests.integrations.recipes import Contract, recipe
 
 
 def import_torchvision() -> None:
@@ -74,3 +76,49 @@ class TestAvalanche(Contract):
         metrics = space.strategy.eval(experience(space))
         (loss,) = [value for name, value in metrics.items() if name.endswith("Exp000")]
         return loss
+
+    @pytest.mark.parametrize("heads", [False, True])
+    def test_what_avalanche_tests_of_its_own_plugin(self, heads: bool) -> None:
+        """One head for all experiences, and a head for each."""
+        from avalanche.benchmarks import nc_benchmark
+        from avalanche.benchmarks.utils import as_classification_dataset
+        from avalanche.models import MTSimpleMLP, SimpleMLP
+        from torch.utils.data import TensorDataset
+
+        space = recipe(self.page, loop=False)
+        draws = torch.Generator().manual_seed(0)
+        y = torch.arange(60) % 6
+        data = TensorDataset(torch.randn(60, 6, generator=draws) + y[:, None], y)
+        data.targets = y.tolist()
+        benchmark = nc_benchmark(
+            as_classification_dataset(data),
+            as_classification_dataset(data),
+            n_experiences=3,
+            task_labels=heads,
+            seed=1,
+        )
+        kind = MTSimpleMLP if heads else SimpleMLP
+        model = kind(input_size=6, hidden_size=10)
+        ewc = EWC(model, Classification(), strength=20.0)
+        strategy = space.Naive(
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.05),
+            criterion=torch.nn.CrossEntropyLoss(),
+            train_mb_size=10,
+            train_epochs=2,
+            plugins=[space.Protect(ewc)],
+            evaluator=space.evaluator,
+        )
+        for number, each in enumerate(benchmark.train_stream, start=1):
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", ZeroFisherWarning
+                )  # heads that this task does not use
+                strategy.train(each)
+            strategy.eval(benchmark.test_stream)
+            assert ewc.n_tasks == number
+        if heads:
+            assert {f"classifier.classifiers.{t}.classifier.weight" for t in range(3)} < set(
+                ewc.fisher
+            )
+        assert ewc() > 0

@@ -65,3 +65,22 @@ def test_the_file_is_read_with_weights_only(tmp_path: Path) -> None:
     space.save(tmp_path / "checkpoint.pt")
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["ewc"]["n_tasks"] == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_true_precisions(precision: str) -> None:
+    space = recipe("fabric", loop=False)
+    fabric = space.Fabric(accelerator="cpu", devices=1, precision=precision)
+    model = fabric.setup_module(space.make_model())
+    ewc = EWC(model, Classification(), forward=space.cast)
+    ewc.consolidate(fabric.setup_dataloaders(DataLoader(space.tasks[0], batch_size=4)))
+    dtype = next(model.parameters()).dtype
+    assert dtype is not torch.float32
+    plain = space.make_model().to(dtype).float()
+    plain.load_state_dict({name: each.float() for name, each in model.module.state_dict().items()})
+    expected = EWC(plain, Classification())
+    expected.consolidate(DataLoader(space.tasks[0], batch_size=4))
+    for name, fisher in expected.fisher.items():
+        torch.testing.assert_close(
+            ewc.fisher[name].float(), fisher, rtol=0.1, atol=0.02 * float(fisher.max())
+        )

@@ -95,3 +95,13 @@ def test_distributed_data_parallel_on_one_process() -> None:
     assert space.module.ewc.n_tasks == 2
     assert_near(space.module.ewc.anchor, expected.anchor)
     assert_near(space.module.ewc.fisher, expected.fisher)
+
+
+def test_true_half_precision() -> None:
+    space = recipe("lightning", loop=False)
+    space.module.ewc = EWC(space.module.net, Classification(), forward=space.cast)
+    fit = trainer(space, space.Consolidate(space.module.ewc), max_epochs=1, precision="bf16-true")
+    fit.fit(space.module, space.tasks[0])
+    assert space.module.net[0].weight.dtype is torch.bfloat16
+    assert space.module.ewc.n_tasks == 1
+    assert all(each.dtype is torch.float32 for each in space.module.ewc.fisher.values())
