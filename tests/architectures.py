@@ -271,7 +271,7 @@ class Checkpointed(nn.Module):
     """Runs a part of itself again in the reverse pass.
 
     Args:
-        use_reentrant: By PyTorch's older way, which the library refuses.
+        use_reentrant: By PyTorch's older way.
         width: Of the inputs.
         first: A layer in front of that part.
         differentiable: Whether inputs require a gradient, as the older way needs.
@@ -657,7 +657,7 @@ CASES: dict[str, Case] = {
         lambda n: torch.randn(n, 2, 5, 5).contiguous(memory_format=torch.channels_last),
     ),
     "branches": Case(Branches, rows(4), slow={"": "loop"}),
-    "checkpointed": Case(Checkpointed, rows(4), slow={"": "any"}),
+    "checkpointed": Case(Checkpointed, rows(4)),
     "own function": Case(OwnFunction, rows(4), slow={"w": "vmap"}),
     "unused and frozen": Case(Unused, rows(4), slow={"unused": "unused"}),
     "writes to buffers": Case(Counting, rows(4), slow={"": "any"}),

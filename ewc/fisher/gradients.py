@@ -119,7 +119,7 @@ class Sum(Gradient):
 
     @override
     def add_squares(self, sums: Tensor) -> None:
-        shared = self.summands.shape[1] > 1
+        shared = self.summands.shape[1] != 1
         _add_squares(sums, self.summands.sum(1) if shared else self.summands.squeeze(1))
 
     @override

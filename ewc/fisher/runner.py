@@ -19,6 +19,7 @@ from ewc.fisher import terms
 from ewc.fisher.notes import calling, explaining
 from ewc.fisher.numerics import without_cudnn
 from ewc.fisher.paths.loop import run_loop
+from ewc.fisher.paths.replacements import replaced
 from ewc.fisher.paths.vectorised import Outputs, Recorded, Terms, Vectorised
 from ewc.likelihoods import Likelihood
 from ewc.model.randomness import Randomness
@@ -93,7 +94,7 @@ class Runner:
     def outputs(self, raw: Any, samples: int = 1) -> tuple[Any, tuple[Any, ...]]:
         """Run the model: its outputs, and the other arguments of the likelihood."""
         whole = self.known_lists.get(INPUTS, False)
-        with calling(samples):
+        with calling(samples), replaced():
             return apply(self.model, raw, self.forward, whole=whole)
 
     def terms(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
@@ -123,7 +124,7 @@ class Runner:
     def record(self, vectorised: Vectorised, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded:
         """Run forward on all samples at once; `reverse` must follow."""
         try:
-            with self.randomness.stream() as keep:
+            with self.randomness.stream() as keep, replaced():
                 recorded = vectorised.forward(batch, sums)
                 keep()
                 return recorded

@@ -32,8 +32,10 @@ def terms(fisher_type: str, outputs: Tensor, target: Tensor) -> Tensor:
     return nll(outputs, target if fisher_type == "empirical" else outputs.argmin(1).detach())
 
 
-def holds(net: nn.Module, batches: list[Batch], fisher_type: str, *, once: bool = False) -> None:
-    """The Fisher equals the oracle's; nothing else has changed.
+def holds(
+    net: nn.Module, batches: list[Batch], fisher_type: str, *, once: bool = False
+) -> dict[str, str]:
+    """The Fisher equals the oracle's; nothing else has changed; which method each parameter took.
 
     Args:
         net: The model.
@@ -55,8 +57,9 @@ def holds(net: nn.Module, batches: list[Batch], fisher_type: str, *, once: bool 
     ewc = EWC(net, likelihood(fisher_type), fisher_type=fisher_type)
     generator = torch.Generator().manual_seed(0) if fisher_type == "mc" else None
     with unchanged(None, net):
-        ewc.consolidate(iter(batches) if once else batches, generator=generator)
+        summary = ewc.consolidate(iter(batches) if once else batches, generator=generator)
     assert_close(ewc.fisher, {name: each / samples for name, each in expected.items()}, 1e-9)
+    return dict(summary.paths)
 
 
 def data(*shape: int, sizes: tuple[int, ...] = (1, 2, 3, 7)) -> list[Batch]:

@@ -24,8 +24,12 @@ class DivergentBranches(Exception):  # noqa: N818 - a condition, not an error: a
         groups: The indices of the samples, grouped by the values.
     """
 
-    def __init__(self, groups: list[list[int]]) -> None:
-        super().__init__("the model reads values out of a tensor that differ between samples")
+    def __init__(
+        self,
+        groups: list[list[int]],
+        reason: str = "the model reads values out of a tensor that differ between samples",
+    ) -> None:
+        super().__init__(reason)
         self.groups = groups
 
 

@@ -12,8 +12,9 @@ a *meeting*. There the first of these is done that applies:
 
 Other calls go on as they are, with these exceptions. The rules in `ALWAYS` also serve calls without
 weights. A linear layer that makes a smaller weight, as in a hypernetwork, runs once for each
-sample. A value that the model reads must be the same for all samples (`branches.py`). What would
-give wrong gradients is an error, and the loop is run.
+sample. A value that the model reads must be the same for all samples (`branches.py`). Memory into
+which samples are written becomes one per sample (`memory.py`). What `vmap` refuses is called once
+for each sample (`per_sample.py`). What would give wrong gradients is an error, and the loop is run.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -29,8 +30,8 @@ from torch.utils._pytree import tree_map_only
 
 from ewc import _vmap
 from ewc.fisher.gradients import Dense, Gradient
-from ewc.fisher.paths import branches
 from ewc.fisher.paths.assembly import Assembly
+from ewc.fisher.paths.calls import Calls
 from ewc.fisher.paths.weights import Weight, Weights, is_weight
 from ewc.fisher.rules.registry import ALWAYS, DECOMPOSITIONS, RULES, NotCovered, accepts
 
@@ -48,17 +49,17 @@ class PerSampleMode(TorchFunctionMode):
         assembly: Receives the gradients in the reverse pass.
 
     Attributes:
-        level: The nesting level of that `vmap`, to be set before the mode is entered.
+        level: The nesting level of that `vmap`, which runs in the present context.
         weights: The effective weights that were met.
-        reads: Whether the model has read values out of a tensor, to branch on them.
+        calls: What acts in the calls that no rule takes.
         is_hooked: Whether the model has registered a hook on a tensor without samples.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], samples: int, assembly: Assembly) -> None:
         super().__init__()
-        self.level = 0
+        self.level = _vmap.level() + 1
         self.weights = Weights(parameters)
-        self.reads = False
+        self.calls = Calls(samples, self.level)
         self.is_hooked = False
         self._samples = samples
         self._assembly = assembly
@@ -150,8 +151,9 @@ class PerSampleMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.__contains__:
             func, args = torch.Tensor.__bool__, ((args[0] == args[1]).any(),)
-        if func in branches.READS and _vmap.is_batched(args[0], self.level):
-            return self._read(func, *args, **kwargs)
+        args, kwargs = self.calls.with_own_memory(func, args, kwargs, self._copy_of)
+        if self.calls.handles(func, args):
+            return self.calls.handle(func, args, kwargs)
         if func is torch.Tensor.register_hook and not _vmap.is_batched(args[0]):
             self.is_hooked = True
         at_level = _vmap.level() == self.level
@@ -162,7 +164,7 @@ class PerSampleMode(TorchFunctionMode):
             # All samples of a copy lie in the same memory, so autograd would divide its gradient.
             raise RuntimeError("the model reads a copy of a parameter by as_strided")
         if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
+            return self.calls(func, args, kwargs)
         if not at_level:  # inside a transform of the model's own, to which no rule applies
             return func(*self._with_copies(args), **self._with_copies(kwargs))
         meets = self._meets(args, kwargs)
@@ -171,7 +173,7 @@ class PerSampleMode(TorchFunctionMode):
                 input = self.samples(args[0])
             args, meets = (self._logical(input), *args[1:]), True
         if not meets and func not in ALWAYS:
-            return func(*args, **kwargs)
+            return self.calls(func, args, kwargs)
         try:
             if meets and accepts(DECOMPOSITIONS.get(func), args, kwargs):
                 with self:
@@ -183,12 +185,20 @@ class PerSampleMode(TorchFunctionMode):
         except NotCovered:
             pass
         if not meets:
-            return func(*args, **kwargs)
+            return self.calls(func, args, kwargs)
         body = _body(func)
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        return func(*self._with_copies(args), **self._with_copies(kwargs))
+        return self.calls(func, self._with_copies(args), self._with_copies(kwargs))
+
+    def _copy_of(self, tensor: Tensor) -> Tensor | None:
+        """The copies of a tensor, which no rule will use; None if it is not an effective weight."""
+        weight = self.weights[tensor]
+        if weight is None:
+            return None
+        weight.lacks_rule = True
+        return self._copy(tensor)
 
     def _meets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an effective weight is among the arguments of a call, and a tensor with samples.
@@ -222,13 +232,6 @@ class PerSampleMode(TorchFunctionMode):
             return _vmap.logical(outputs, self.level)
         return tree_map_only(Tensor, lambda out: _vmap.logical(out, self.level), outputs)
 
-    def _read(self, func: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.reads = True
-        values = _vmap.physical(tensor, self.level)
-        if values is None or _vmap.level() != self.level:
-            return func(tensor, *args, **kwargs)
-        return branches.read(func, values, *args, **kwargs)
-
     def _with_copies(self, arguments: Any) -> Any:
         """The arguments of a call, each effective weight replaced by its copies."""
 
@@ -237,10 +240,8 @@ class PerSampleMode(TorchFunctionMode):
             if not self.is_protected(outer):
                 return tensor
             with _vmap.below(self.level):
-                copies = self._copy(outer)
-            weight = self.weights[outer]
-            assert weight is not None
-            weight.lacks_rule = True
+                copies = self._copy_of(outer)
+            assert copies is not None
             return _vmap.with_samples_of(_vmap.logical(copies, self.level), tensor, self.level)
 
         return tree_map_only(Tensor, replace, arguments)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc import _vmap
 from ewc._options import Method
 from ewc.data.batch import Batch
 from ewc.fisher.paths.assembly import Assembly
@@ -26,7 +25,7 @@ KEPT_BYTES = {"cpu": 2**26}
 KEPT_BYTES_ELSEWHERE = 2**31
 """The same on other types of device, which need more samples at a time to be busy."""
 
-UNSEEN = "its use is not visible, in an autograd.Function or a scripted module"
+UNSEEN = "its use is not visible, as in a scripted module"
 """Why a parameter that was used where no meeting was seen falls back to the loop."""
 
 Outputs = Callable[[Any], tuple[Any, tuple[Any, ...]]]
@@ -130,7 +129,7 @@ class Vectorised:
         correct_batch_norms(terms.grad_fn)
         found = tuple(leaves(terms.grad_fn))
         # Rules and copies detach the weight. So a parameter that the graph still leads to was used
-        # where no call is seen: in an autograd.Function, or in a scripted module.
+        # where no call is seen, as in a scripted module.
         ends = set(map(id, found))
         unseen = {name for name, parameter in protected.items() if id(parameter) in ends}
         self.fallback |= dict.fromkeys(unseen, UNSEEN)
@@ -152,14 +151,16 @@ class Vectorised:
         dim = self.samples_dim
 
         def run_one(*tensors: Tensor) -> Tensor:
-            mode.level = _vmap.level()
             try:
                 with mode:
                     outputs, rest = self._outputs(batch.of_one(list(tensors)))
-                    found: Tensor = outputs if dim is not None else self.terms(outputs, rest, 1)
-                    return found
+                found: Tensor = mode.calls.current(outputs)
+                if dim is None:
+                    with mode:
+                        found = self.terms(found, rest, 1)
+                return found
             finally:
-                self.reads = self.reads or mode.reads
+                self.reads = self.reads or mode.calls.read
 
         with warnings.catch_warnings():
             # Where vmap runs an operation in a loop, the result is the same: no warning is needed.

@@ -1,0 +1,109 @@
+"""Functions of PyTorch that act otherwise while a collection runs a model.
+
+A `TorchFunctionMode` sees neither of these:
+
+- *Activation checkpointing* drops activations and computes them again in the reverse pass, for
+  which `vmap` has no way; the reentrant kind also hides parameters from `torch.autograd.grad`. A
+  collection runs a part of a batch at a time, so the function is simply called.
+- An *`autograd.Function` of the old style*, without `setup_context`, is refused inside `vmap`
+  before anything is called. It is sent on as those of the new style are, so that the mode sees it.
+
+The replacements act in the threads that are inside `replaced`; other threads get the originals.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.autograd.function
+import torch.utils.checkpoint
+from torch.utils.checkpoint import CheckpointFunction
+
+_threads: dict[object, int] = {}
+"""The thread of each context that is entered."""
+
+_lock = threading.Lock()
+
+
+@contextmanager
+def replaced() -> Iterator[None]:
+    """A context in which the replacements act in this thread."""
+    key = object()
+    try:
+        with _lock:
+            if not _threads:
+                _install()
+            _threads[key] = threading.get_ident()
+        yield
+    finally:
+        with _lock:
+            _threads.pop(key, None)
+            if not _threads:
+                _remove()
+
+
+def _acts() -> bool:
+    return threading.get_ident() in _threads.values()
+
+
+class _OldStyle:
+    """What `Function.apply` is told of a function without `setup_context`.
+
+    It asks twice: whether to bind arguments to the signature of a new-style `forward` (no), and
+    inside `vmap` whether the function may be dispatched (yes).
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __bool__(self) -> bool:
+        asked, self._asked = self._asked, True
+        return asked
+
+
+_has_setup_context: Callable[..., bool] = torch.autograd.function._is_setup_context_defined
+_checkpoint: Callable[..., Iterator[None]] = (
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator
+)
+
+
+def _setup_context(fn: Callable[..., Any]) -> object:
+    return _has_setup_context(fn) or (_OldStyle() if _acts() else False)
+
+
+def _without_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """Run around the function of a checkpoint of the kind that is not reentrant."""
+    if _acts():
+        yield
+    else:
+        yield from _checkpoint(*args, **kwargs)
+
+
+def _apply(cls: Any, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+    """The function of a reentrant checkpoint, called."""
+    if _acts():
+        return function(*args)
+    return super(CheckpointFunction, cls).apply(function, preserve, *args)
+
+
+def _install() -> None:
+    torch.autograd.function._is_setup_context_defined = _setup_context
+    setattr(CheckpointFunction, "apply", classmethod(_apply))  # noqa: B010 - of a class of PyTorch
+    for module in _checkpointing():
+        module._checkpoint_without_reentrant_generator = _without_checkpoint
+
+
+def _remove() -> None:
+    torch.autograd.function._is_setup_context_defined = _has_setup_context
+    if "apply" in vars(CheckpointFunction):
+        del CheckpointFunction.apply
+    for module in _checkpointing():
+        module._checkpoint_without_reentrant_generator = _checkpoint
+
+
+def _checkpointing() -> list[Any]:
+    """The modules that hold the generator by name."""
+    names = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
+    return [sys.modules[name] for name in names if name in sys.modules]

@@ -1,0 +1,54 @@
+"""Calls that vmap cannot do as they are: leaves, `.data`, `.view` of what is not contiguous."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.fisher.paths.models import Net, Run, methods
+from tests.support.fisher import TYPES
+
+pytestmark = pytest.mark.filterwarnings("ignore::ewc.SlowPathWarning")
+
+
+def leaves(net: Net, x: Tensor) -> Tensor:
+    """As the hooks that Hugging Face's models are left with after training with checkpoints."""
+    x.requires_grad_()
+    x.requires_grad = True
+    h = net.first(x)
+    h.requires_grad_(True)
+    h.retain_grad()
+    return net.last((h + net.vector).tanh().requires_grad_())
+
+
+def asks_for_a_graph(net: Net, x: Tensor) -> Tensor:
+    h = net.first(x) + net.vector
+    assert h.requires_grad
+    assert not h.detach().requires_grad
+    assert not x.requires_grad
+    return net.last(h)
+
+
+def straight_through(net: Net, x: Tensor) -> Tensor:
+    h = net.first(x)
+    return net.last((h.round() - h).data + h + net.vector)
+
+
+def view(net: Net, x: Tensor) -> Tensor:
+    h = net.first(x)[None].expand(3, -1, -1).transpose(0, 1) * net.vector
+    moved = h.flatten(1) if len(x) > 1 else h.view(1, 15)
+    return net.last(moved[:, :5] + moved[:, 5:10])
+
+
+def view_of_an_einsum(net: Net, x: Tensor) -> Tensor:
+    h = torch.einsum("ni,ji->jn", x, net.first.weight).t() + net.first.bias
+    return net.last(h.view(len(x), -1) + net.vector)
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+@pytest.mark.parametrize(
+    "run",
+    [leaves, asks_for_a_graph, straight_through, view, view_of_an_einsum],
+    ids=lambda run: run.__name__,
+)
+def test_goes_by_rule(run: Run, fisher_type: str) -> None:
+    assert methods(run, fisher_type) == {"rule"}
