@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ewc._options import FisherType, Method
+from ewc.data.batch import Batch
 from ewc.data.calling import Forward
 from ewc.fisher.accumulation import Accumulator
 from ewc.fisher.batches import Reading
@@ -27,6 +29,9 @@ from ewc.processes.layout import has_sharded_parameters
 from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 
 _PATHS = ("unused", "rule", "vmap", "loop")  # from fast to slow
+
+_SEARCHED = 32
+"""Among so many samples, two are searched for whose targets differ."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def _run(
     """Verify the methods on the first samples, then run all batches."""
     batches = iter(reading)
     first = next(batches, None)
-    own = None if first is None else first.take(0, min(2, first.size))
+    own = None if first is None else _two_samples(first)
     verified_on = coordination.verification_batch(own)
     if verified_on is None:
         return Accumulator(runner, coordination, sums, "there are no samples")
@@ -148,6 +153,23 @@ def _run(
             accumulator.add(bundle)
     accumulator.end()
     return accumulator
+
+
+def _two_samples(batch: Batch) -> Batch:
+    """The first two samples; with equal targets, the first one and another with other targets.
+
+    A likelihood that compares samples, such as by the classes of a batch, does so only then.
+    """
+    first = _targets(batch.take(0, 1))
+    for n in range(1, min(batch.size, _SEARCHED) if first else 0):
+        if not all(map(torch.equal, first, _targets(batch.take(n, n + 1)))):
+            return batch.pick([0, n])
+    return batch.take(0, min(2, batch.size))
+
+
+def _targets(batch: Batch) -> list[Tensor]:
+    """The tensors in what follows the inputs, as far as the likelihood takes it for targets."""
+    return [leaf for leaf in tree_leaves(batch.rest[:1]) if isinstance(leaf, Tensor)]
 
 
 def _combined(ranks: Ranks, found: Accumulator, *, truncated: bool) -> Squares:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from ewc.data.lists import INPUTS
 from ewc.errors import InvalidBatch
 from ewc.fisher import terms
 from ewc.fisher.notes import calling, explaining
-from ewc.fisher.numerics import without_cudnn
+from ewc.fisher.numerics import full_precision, without_cudnn
 from ewc.fisher.paths.loop import run_loop
 from ewc.fisher.paths.replacements import replaced
 from ewc.fisher.paths.vectorised import Outputs, Recorded, Terms, Vectorised
 from ewc.likelihoods import Likelihood
 from ewc.model.randomness import Randomness
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,25 @@ class Runner:
             with self.randomness.stream():
                 self.terms(*self.outputs(batch.raw), batch.size)
         finally:
+            self.restore()
+
+    def repeatably(self, run: Callable[[], T]) -> tuple[T, list[Any]]:
+        """Run something whose random numbers the next run draws again.
+
+        Args:
+            run: What to run.
+
+        Returns:
+            What it returns, and where the random stream stood at its end.
+        """
+        start = self.randomness.position
+        try:
+            with self.randomness.stream() as keep, full_precision():
+                found = run()
+                keep()
+            return found, self.randomness.position
+        finally:
+            self.randomness.position = start
             self.restore()
 
     def record(self, vectorised: Vectorised, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded:

@@ -38,7 +38,7 @@ def terms(
     Raises:
         InvalidBatch: If the likelihood does not return one differentiable value per sample.
     """
-    found = _called(likelihood, fisher_type, outputs, rest)
+    found = values(likelihood, fisher_type, outputs, rest)
     if fisher_type == "exact":
         required = f"exact_terms(outputs, *rest) -> [K, {samples}]"
         dims = 2
@@ -64,10 +64,10 @@ def terms(
     return found if dims == 2 else found.unsqueeze(0)
 
 
-def _called(
+def values(
     likelihood: Likelihood, fisher_type: FisherType, outputs: Any, rest: tuple[Any, ...]
 ) -> Any:
-    """What the likelihood returns, unreduced.
+    """What the likelihood returns, `[N]`, or `[K, N]` if exact; not checked.
 
     Raises:
         InvalidBatch: It does not take these arguments.

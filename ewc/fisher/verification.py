@@ -1,8 +1,11 @@
-"""Verifies the fast methods against the loop, on the first two samples of the first batch."""
+"""Verifies the fast methods against the loop, on two samples of the first batch."""
 
+import random
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from ewc.data.batch import Batch
 from ewc.data.objects import ObjectsRead
 from ewc.errors import InvalidBatch
 from ewc.fisher.coordination import Coordination
+from ewc.fisher.independence import refuse_comparing
 from ewc.fisher.mixing import Runs, refuse_mixing
 from ewc.fisher.numerics import full_precision, is_half_precision
 from ewc.fisher.paths.branches import DivergentBranches
@@ -22,6 +26,7 @@ from ewc.fisher.terms import NoTensorOutputs, surrogate_terms
 OBJECTS = "a batch holds lists of objects only, which vmap cannot split"
 _NO_TENSOR = "targets are drawn, and the model returns no tensor to verify vmap on"
 _DIFFERS = "its gradient under vmap differs from that of a single sample"
+_DRAWS = "the model or the likelihood draws random numbers, so that no two runs can be compared"
 
 
 def verify(
@@ -62,14 +67,19 @@ def _verify(
         with runner.randomness.stream(), full_precision():
             runs(batch.raw, 2)
         runner.restore()
+    before = _random_states(runner)
     try:
         with coordination.adding_to(expected) as own_sums, full_precision():
             runner.loop(batch, own_sums, set(expected), outputs=runs, terms=terms)
     except NoTensorOutputs:
         return _NO_TENSOR
+    reason = _DIFFERS if _random_states(runner) == before else _DRAWS
     if batch.size == 2:
-        with runner.randomness.stream():
-            refuse_mixing(runner.model, runs, batch, runner.restore)
+        both, first, _ = runs.outputs
+        refuse_mixing(runner, runs, batch)
+        refuse_comparing(runner, batch, both, first)
+        del both, first
+        runs.outputs.clear()
     if not batch.vectorisable:
         return OBJECTS
     vectorised = Vectorised(
@@ -97,7 +107,7 @@ def _verify(
         return confirmed(error, run)
     is_half = is_half_precision(runner.model)
     for name in coordination.differing(sums, expected, is_half=is_half):
-        vectorised.fallback.setdefault(name, _DIFFERS)
+        vectorised.fallback.setdefault(name, reason)
     vectorised.terms, vectorised.samples_dim = runner.terms, runner.samples_dim
     return vectorised
 
@@ -134,6 +144,16 @@ def confirmed(error: Exception, again: Callable[[], object]) -> str:
     for fault in faults.values():
         raise fault
     return reason
+
+
+def _random_states(runner: Runner) -> tuple[Any, ...]:
+    """Where the random streams stand that a model may draw from."""
+    states: list[Any] = [bytes(state.tolist()) for state in runner.randomness.position]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        _, keys, *rest = numpy.random.get_state()
+        states += [keys.tobytes(), rest]
+    return (random.getstate(), *states)
 
 
 def _described(error: Exception) -> str:

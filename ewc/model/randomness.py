@@ -45,6 +45,15 @@ class Randomness:
         self._stream = self._states()
         self._set(before)
 
+    @property
+    def position(self) -> list[Any]:
+        """Where the stream stands; assigned, the next run repeats the draws made from there."""
+        return self._stream
+
+    @position.setter
+    def position(self, position: list[Any]) -> None:
+        self._stream = position
+
     @contextmanager
     def stream(self) -> Iterator[Callable[[], None]]:
         """Draw from the stream inside the context, and from the global state again after it.

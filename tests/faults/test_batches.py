@@ -259,6 +259,17 @@ def test_row_14a_an_nll_of_other_arguments(kind):
     refused(kind, make_task(), *parts, likelihood=Custom(lambda out: out.sum(1)))
 
 
+def test_row_14b_an_nll_that_compares_samples(kind):
+    def contrastive(outputs, targets):
+        return F.softplus((1 - 2 * torch.eye(len(outputs))) * (outputs @ outputs.t())).sum(1)
+
+    name = "Custom.nll (test_row_14b_an_nll_that_compares_samples.<locals>.contrastive)"
+    model = make_model()
+    ewc = kind(model, Custom(contrastive))
+    with unchanged(ewc, model), raises(ValueError, f"{name} compares them", "[1, B, d]"):
+        ewc.consolidate(make_task())
+
+
 def test_row_14_without_a_graph_under_no_grad(kind):
     class NoGrad(nn.Module):
         def __init__(self):
