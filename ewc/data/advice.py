@@ -18,6 +18,8 @@ _REQUIRED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_
 
 def signature(function: Callable[..., Any]) -> inspect.Signature | None:
     """The arguments of a function; None if they are not known, as of compiled and scripted ones."""
+    if isinstance(function, nn.Module):  # a loss of torch.nn
+        function = function.forward
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ewc.data.calling import split_inputs
+from ewc.data.lists import Known
 from ewc.data.objects import unread
 from ewc.data.reader import Reader, Slot
 from ewc.data.structures import children, describe, holds_tensors, is_scalar, rebuild
@@ -45,7 +46,7 @@ class Batch:
         batch_dim: int,
         device: torch.device,
         targets_required: bool,
-        known: dict[str, bool] | None = None,
+        known: Known | None = None,
     ) -> "Batch":
         """Read what a loader yielded.
 
@@ -55,8 +56,7 @@ class Batch:
                 tensors it is always dimension 0.
             device: Where the tensors are moved.
             targets_required: Whether a bare tensor, which has no targets, is an error.
-            known: For each path, whether the list there holds one entry per sample, as earlier
-                batches have shown; added to.
+            known: What earlier batches have shown about lists; added to.
 
         Raises:
             InvalidBatch: The structure is not supported, targets are required and missing, no leaf

@@ -6,12 +6,13 @@ the first sample and what belongs to the second. Only the numbers tell them apar
 - A list or tuple of N entries, beside tensors of N samples, whose own tensors do not all have N
   rows holds one entry per sample: detection targets, ragged samples.
 - If the tensors in it do have N rows each, both may be meant. Earlier batches, of other sizes,
-  decide. Else a list or tuple of mappings, and a list after the inputs, hold one entry per sample;
-  the model's inputs, and a tuple, hold what all samples have one row of.
+  decide. Else a list or tuple of mappings, and a list of alike entries after the inputs, hold one
+  entry per sample; the model's inputs, and a tuple, hold what all samples have one row of.
 - Of any other length, it holds what all samples have one row of.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -22,17 +23,46 @@ INPUTS = "batch[0]"
 """The path of the model's inputs in a batch `(inputs, *rest)`."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the batches of a loader have shown.
+
+    Attributes:
+        decided: For each path, whether the list there held one entry per sample in a batch that
+            left no doubt.
+        guessed: The paths of lists that might as well have held rows of all samples.
+    """
+
+    decided: dict[str, bool] = field(default_factory=dict)
+    guessed: set[str] = field(default_factory=set)
+
+    @property
+    def inputs_are_whole(self) -> bool:
+        """Whether the model's inputs are one list with an entry per sample."""
+        return self.decided.get(INPUTS, False)
+
+    @property
+    def hint(self) -> str:
+        """What to say where a batch that was guessed at is wrong; empty without a guess."""
+        if not self.guessed:
+            return ""
+        return (
+            f" {', '.join(sorted(self.guessed))} was read as one entry per sample, because it has "
+            "as many entries as there are samples. If each entry has a row per sample: yield a "
+            "tuple."
+        )
+
+
 class Lists:
     """Tells lists with one entry per sample from others.
 
     Args:
         raw: The batch.
         batch_dim: The dimension of the samples in tensors of two dimensions or more.
-        known: For each path, whether the list there held one entry per sample in an earlier batch
-            that left no doubt; added to.
+        known: What earlier batches have shown; added to.
     """
 
-    def __init__(self, raw: Any, batch_dim: int, known: dict[str, bool]) -> None:
+    def __init__(self, raw: Any, batch_dim: int, known: Known) -> None:
         self._batch_dim = batch_dim
         self._known = known
         self._samples = self._count(raw)
@@ -47,15 +77,18 @@ class Lists:
         fits = len(value) == self._samples
         sizes = set(self._sizes(value))
         if sizes != {self._samples}:
-            self._known.update({path: True} if fits else {})
+            self._known.decided.update({path: True} if fits else {})
             return fits or _are_mappings(value)
         if not fits:
-            self._known[path] = False
+            self._known.decided[path] = False
             return False
-        if path in self._known:
-            return self._known[path]
+        if path in self._known.decided:
+            return self._known.decided[path]
         is_list = isinstance(value, list) and path != INPUTS
-        return _are_mappings(value) or (is_list and _are_alike(value))
+        if not _are_mappings(value) and not (is_list and _are_alike(value)):
+            return False
+        self._known.guessed.add(path)
+        return True
 
     def _count(self, raw: Any) -> int | None:
         """The number of samples of a batch; None if its parts disagree.
@@ -110,5 +143,6 @@ def _are_mappings(items: Sequence[Any]) -> bool:
 
 
 def _are_alike(items: Sequence[Any]) -> bool:
-    """Whether all entries are tensors, or all are lists, tuples or mappings."""
-    return len({Tensor if isinstance(item, Tensor) else type(item) for item in items}) == 1
+    """Whether all entries are of one type; tensors also of one dtype and number of dimensions."""
+    kinds = {(i.dtype, i.dim()) if isinstance(i, Tensor) else type(i) for i in items}
+    return len(kinds) == 1

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ewc.data.advice import conversion, forward_template, is_array
-from ewc.data.lists import Lists
+from ewc.data.lists import Known, Lists
 from ewc.data.structures import children, describe, holds_tensors, is_scalar, rebuild
 from ewc.errors import InvalidBatch
 
@@ -37,8 +37,7 @@ class Reader:
     Args:
         batch_dim: The dimension of the samples in tensors of two dimensions or more.
         device: Where the tensors are moved.
-        known: For each path, whether the list there holds one entry per sample, as earlier batches
-            have shown; added to.
+        known: What earlier batches have shown about lists; added to.
 
     Attributes:
         leaves: The leaves that are split: tensors, and lists or tuples of one object per sample.
@@ -46,9 +45,7 @@ class Reader:
         size: The number of samples.
     """
 
-    def __init__(
-        self, batch_dim: int, device: torch.device, known: dict[str, bool] | None = None
-    ) -> None:
+    def __init__(self, batch_dim: int, device: torch.device, known: Known | None = None) -> None:
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(
                 f"a likelihood's batch_dim must be an integer >= 0; found {batch_dim!r}. Fix: the "
@@ -59,7 +56,7 @@ class Reader:
         self.size = 0
         self._batch_dim = batch_dim
         self._device = device
-        self._known = {} if known is None else known
+        self._known = known or Known()
         self._paths: list[str] = []  # for each leaf the expression that an error names it by
 
     def read(self, raw: Any, *, targets_required: bool) -> Any:

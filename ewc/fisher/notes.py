@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ewc.data.batch import Batch
+from ewc.data.lists import Known
 from ewc.errors import InvalidBatch
 
 _SAMPLES = "_ewc_samples"  # the number of samples that the code ran on which raised an exception
@@ -36,7 +37,7 @@ def is_users(error: Exception) -> bool:
 
 @contextmanager
 def explaining(
-    which: str, batch: Batch, run_whole: Callable[[Batch], object] | None
+    which: str, batch: Batch, run_whole: Callable[[Batch], object] | None, known: Known
 ) -> Iterator[None]:
     """Explain the exceptions of the user's code that are raised inside the context.
 
@@ -44,6 +45,7 @@ def explaining(
         which: The batch or batches, as the loader counts them.
         batch: The batch, as the loader yielded it.
         run_whole: Runs a whole batch; None if that is not possible.
+        known: What the batches have shown about the lists in them.
     """
     try:
         yield
@@ -58,13 +60,14 @@ def explaining(
             if text is None:
                 text = str(error)
                 if samples is not None and samples < batch.size:
-                    text += f" This was the batch {found}, cut to {_counted(samples)}{hint}."
+                    hint = known.hint or hint
+                    text += f" This was the batch {found}, cut to {_counted(samples)}.{hint}"
             raise InvalidBatch(f"in {which} (counted from 0): {text}") from error
         if samples is not None:
             add_note(
                 error,
                 f"in {which} (counted from 0), {found}, cut to {_counted(samples)}: model, forward "
-                "and likelihood must run on one sample alone.",
+                f"and likelihood must run on one sample alone.{known.hint}",
             )
         raise
 
@@ -86,8 +89,8 @@ def _on_whole(run: Callable[[Batch], object], batch: Batch) -> tuple[str | None,
     except Exception:
         return None, ""
     return None, (
-        "; the whole batch is valid, so something depends on the number of samples: a squeeze() "
-        "without a dimension (use squeeze(-1)), a view with a fixed size"
+        " The whole batch is valid, so something depends on the number of samples: a squeeze() "
+        "without a dimension (use squeeze(-1)), a view with a fixed size."
     )
 
 

@@ -13,7 +13,7 @@ from ewc._options import FisherType
 from ewc.data.advice import LABELS, missing_labels
 from ewc.data.batch import Batch
 from ewc.data.calling import Forward, apply
-from ewc.data.lists import INPUTS
+from ewc.data.lists import Known
 from ewc.errors import InvalidBatch
 from ewc.fisher import terms
 from ewc.fisher.notes import calling, explaining
@@ -41,7 +41,7 @@ class Runner:
         restore: Undoes what a run has changed in the model.
         hooked: The names of the parameters whose gradients the loop squares in hooks, so that it
             does not hold them all: the placeholders of a sharded model.
-        known_lists: For each path in a batch, whether the list there holds one entry per sample.
+        known: What the batches have shown about the lists in them.
     """
 
     model: nn.Module
@@ -52,7 +52,7 @@ class Runner:
     randomness: Randomness
     restore: Callable[[], None]
     hooked: Set[str] = frozenset()
-    known_lists: dict[str, bool] = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
 
     @property
     def device(self) -> torch.device:
@@ -90,14 +90,13 @@ class Runner:
             batch_dim=self.likelihood.batch_dim,
             device=self.device if device is None else device,
             targets_required=targets_required,
-            known=self.known_lists,
+            known=self.known,
         )
 
     def outputs(self, raw: Any, samples: int = 1) -> tuple[Any, tuple[Any, ...]]:
         """Run the model: its outputs, and the other arguments of the likelihood."""
-        whole = self.known_lists.get(INPUTS, False)
         with calling(samples), replaced():
-            return apply(self.model, raw, self.forward, whole=whole)
+            return apply(self.model, raw, self.forward, whole=self.known.inputs_are_whole)
 
     def terms(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
         """What is differentiated, `[K, samples]`."""
@@ -114,7 +113,7 @@ class Runner:
             batch: The batch, as the loader yielded it.
             may_run: Whether the model may be run once more.
         """
-        return explaining(which, batch, self._run_whole if may_run else None)
+        return explaining(which, batch, self._run_whole if may_run else None, self.known)
 
     def _run_whole(self, batch: Batch) -> None:
         try:

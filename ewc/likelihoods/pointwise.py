@@ -154,10 +154,15 @@ class Pointwise(Likelihood):
         name = type(self).__name__
         if targets.shape != head.shape or targets.is_complex():
             which = "outputs" if self.allowed_outputs is None else "outputs in allowed_outputs"
+            fix = "reshape them in target_transform, or the outputs in forward"
+            if [*targets.shape, 1] == list(head.shape):
+                fix = "target_transform=lambda targets: targets.unsqueeze(-1)"
+            elif [*head.shape, 1] == list(targets.shape):
+                fix = "target_transform=lambda targets: targets.squeeze(-1)"
             raise InvalidBatch(
                 f"the targets that {name} takes must be real and of the shape of the {which}, "
                 f"{list(head.shape)}; found {describe(targets)}, and they are never broadcast. "
-                "Fix: reshape them in target_transform, or the outputs in forward."
+                f"Fix: {fix}."
             )
         targets = targets.to(head.dtype)
         fault = Fault(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ewc import EWC, Classification, Custom, Likelihood, Regression, TimeSeries
+from ewc import EWC, Bernoulli, Classification, Custom, Likelihood, Regression, TimeSeries
 from ewc.data.advice import accepts, conversion, forward_template
 from ewc.errors import InvalidBatch
 from tests import oracle
@@ -218,6 +218,20 @@ class TestArrays:
         assert conversion((np.float64(1.0), 2)) == "(b[0], b[1])"
         batch = (x(), y(), np.int64(3))
         assert fisher(OneInput(), Classification(), [batch])
+
+
+@pytest.mark.parametrize("likelihood", [Regression, Bernoulli])
+@pytest.mark.parametrize(("outputs", "targets"), [((N, 1), (N,)), ((N,), (N, 1))])
+def test_targets_that_lack_a_dimension_or_have_one_more(
+    likelihood: Any, outputs: Any, targets: Any
+) -> None:
+    model = nn.Sequential(
+        nn.Linear(5, 1), nn.Unflatten(1, (1,)), nn.Flatten(0 if outputs == (N,) else 1)
+    )
+    batch = (torch.rand(N, 5), torch.ones(targets))
+    message = refusal(model, likelihood(), batch)
+    transform = eval(re.search(r"target_transform=(.*)\.$", message)[1])
+    assert fisher(model, likelihood(target_transform=transform), [batch])
 
 
 class TestLikelihoods:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ewc import EWC, Classification, Custom
 from ewc.data.batch import Batch
+from ewc.data.lists import Known
 from ewc.errors import InvalidBatch
 from tests import oracle
 from tests.support.asserts import assert_close
@@ -124,6 +125,8 @@ class TestRowsOfAllSamples:
             (x(2), Pair(x(2), torch.arange(2))),
             (x(2), [x(2), {"c": x(2)}]),
             (x(2), [x(2), None]),
+            (x(2), [torch.arange(2), torch.rand(2)]),
+            (x(2), [torch.arange(2), x(2).long()]),
             {"x": x(2), "past": ((x(2), x(2)), (x(2), x(2)))},
             {"x": x(2), "pair": Pair({"a": x(2)}, {"a": x(2)})},
             ([{"c": x(2)}], torch.arange(2)),
@@ -146,19 +149,19 @@ class TestRowsOfAllSamples:
 class TestEarlierBatches:
     def test_decide_where_both_may_be_meant(self) -> None:
         for lists, first in ((True, [x(2), x(5), x(3)]), (False, [x(3), x(3)])):
-            known: dict[str, bool] = {}
+            known = Known()
             self.read((x(3), first), known)
             one = self.read((x(2), [x(2), x(2)]), known).take(0, 1).raw[1]
             assert [len(each) for each in one] == ([2] if lists else [1, 1])
 
     def test_for_the_inputs_too(self) -> None:
-        known: dict[str, bool] = {}
+        known = Known()
         self.read((ragged(2, 5, 3), torch.arange(3)), known)
         one = self.read((ragged(2, 2), torch.arange(2)), known).take(0, 1).raw[0]
         assert [len(each) for each in one] == [2]
 
     @staticmethod
-    def read(raw: Any, known: dict[str, bool]) -> Any:
+    def read(raw: Any, known: Known) -> Any:
         return Batch.read(
             raw, batch_dim=0, device=torch.device("cpu"), targets_required=True, known=known
         )
@@ -176,6 +179,25 @@ class TestErrors:
     def test_ragged_tensors_of_another_number(self) -> None:
         with pytest.raises(InvalidBatch, match=r"batch\[1\]\[2\]: 5 in Tensor\[5, 3\]"):
             read((x(2), [x(1), x(4), x(5)]))
+
+    @pytest.mark.parametrize("raising", [True, False])
+    def test_a_guess_is_named(self, raising: bool) -> None:
+        """Two targets of a batch of two samples, as the default collate function yields them."""
+
+        def nll(outputs: Tensor, targets: Any) -> Tensor:
+            if raising:
+                return oracle.nll(outputs, targets[0]) + oracle.nll(outputs, targets[1])
+            return Classification().nll(outputs, *targets)
+
+        model, y = nn.Linear(3, 3), torch.zeros(2).long()
+        with pytest.raises((InvalidBatch, IndexError, ValueError)) as error:
+            EWC(model, Custom(nll)).consolidate([[x(2), [y, y]]])
+        text = "".join([str(error.value), *getattr(error.value, "__notes__", [])])
+        assert "batch[1] was read as one entry per sample" in text
+        assert "yield a tuple" in text
+        if raising:
+            ewc = EWC(model, Custom(nll))
+            ewc.consolidate((x, tuple(targets)) for x, targets in [[x(2), [y, y]]])
 
     def test_the_ways_out_work(self) -> None:
         ids = torch.arange(3)

@@ -41,10 +41,14 @@ class LockStep:
     def verification_batch(self, own: Batch | None) -> Batch | None:
         """The first samples of the first process that has some, for all."""
         cpu = torch.device("cpu")
-        raw = None if own is None else (self._runner.read(own.raw, device=cpu).raw,)
+        known = self._runner.known.decided
+        raw = None if own is None else (self._runner.read(own.raw, device=cpu).raw, known)
         self._ranks.barrier("the first samples")
         found = self._ranks.first(raw)
-        return None if found is None else self._runner.read(found[0], targets_required=False)
+        if found is None:
+            return None
+        known.update(found[1])
+        return self._runner.read(found[0], targets_required=False)
 
     def end_verification(self) -> None:
         """Reset which squares were finite; the first samples are run again in their batch."""
