@@ -131,7 +131,10 @@ def traced_penalty(model: nn.Module, state: State, precision: Precision, strengt
         term[3].append(quadratic.constant)
     values = []
     for groups, (thetas, precisions, anchors, constants) in members.items():
-        constant = sum(constants) if is_first_rank(groups) else 0.0
+        constant = 0.0
+        if is_first_rank(groups):
+            for each in constants:  # the compiler of PyTorch 2.6 cannot restart after a `sum`
+                constant = constant + each
         value = expression(thetas, precisions, anchors, constant, strength)
         values.append(differentiable_sum_over(value, groups))
     return _sum(values)

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 
 from ewc import _vmap
@@ -42,7 +43,12 @@ class Weight:
         self.is_parameter = any(tensor is each for each in parameters.values())
         self.layout: Tensor = tensor
         if not self.is_parameter:
-            self.edge = get_gradient_edge(tensor)
+            outer = tensor
+            if isinstance(tensor.grad_fn, BackwardCFunction):
+                # On PyTorch 2.6 an edge does not keep the node of a user's function alive.
+                with torch.enable_grad():
+                    outer = tensor.view_as(tensor)
+            self.edge = get_gradient_edge(outer)
             self.layout = torch.empty_like(tensor, device="meta")
         self.device = tensor.device
         self.uses = 0
