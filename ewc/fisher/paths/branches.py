@@ -37,7 +37,7 @@ def read(func: Callable[..., Any], values: Tensor, *args: Any, **kwargs: Any) ->
     """Read a value that all samples share.
 
     Args:
-        func: One of `READS`.
+        func: One of `READS`, or another function of the tensor.
         values: `[N, *shape]`, what each sample holds.
         args: Further arguments of `func`.
         kwargs: Further keyword arguments of `func`.

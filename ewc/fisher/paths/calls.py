@@ -96,6 +96,15 @@ class Calls:
             return func(*args, **kwargs)
         return branches.read(func, values, *others, **kwargs)
 
+    def shared(self, tensor: Tensor) -> Tensor:
+        """The value of a tensor, which must be the same for all samples."""
+        values = _vmap.physical(tensor, self._level)
+        if values is None:
+            return tensor
+        self.read = True
+        value: Tensor = branches.read(Tensor.detach, values)
+        return value
+
     def with_own_memory(
         self,
         func: Callable[..., Any],

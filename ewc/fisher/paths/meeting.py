@@ -107,6 +107,10 @@ class PerSampleMode(TorchFunctionMode):
             raise NotCovered
         return weight.detach()
 
+    def shared(self, tensor: Tensor) -> Tensor:
+        """See `Operation.shared`."""
+        return self.calls.shared(tensor)
+
     def record(
         self, output: Tensor, gradients: Mapping[Tensor | None, Callable[[Tensor], Gradient]]
     ) -> Tensor:

@@ -12,6 +12,7 @@ from ewc.fisher.rules import (  # noqa: F401  (imported for their registration)
     linear,
     loss,
     normalisation,
+    packing,
     products,
     recurrent,
     shapes,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from ewc.fisher.rules.registry import NotCovered, Operation, rule
 
@@ -30,6 +31,8 @@ def scaled_dot_product_attention(
     **options: Any,
 ) -> Tensor:
     """Query `[..., H, L, E]`: everything before the heads is folded into one dimension."""
+    if isinstance(attn_mask, CausalBias):
+        attn_mask = attn_mask._materialize(query.device)
     q, k, v = op.samples(query), op.samples(key), op.samples(value)
     lead = q.shape[: max(1, q.dim() - 3)]
     if k.shape[: len(lead)] != lead or v.shape[: len(lead)] != lead:

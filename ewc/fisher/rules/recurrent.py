@@ -165,14 +165,13 @@ def _layer(
 def _recur(
     op: Operation,
     scan: Scan,
-    input: Tensor,
+    x: Tensor,
     states: Sequence[Tensor],
     layers: Sequence[_Weights],
     directions: int,
-    batch_first: bool,
+    batch_first: bool = False,
 ) -> tuple[Tensor, ...]:
     """All layers and directions; `(output, *last states)`, samples in front."""
-    x = op.samples(input)
     if x.dim() == 3:
         raise NotCovered
     x = x.permute(2, 0, 1, 3) if batch_first else x.permute(1, 0, 2, 3)  # [T, N, B, I]
@@ -200,20 +199,13 @@ def _define(function: Callable[..., Any], scan: Scan) -> None:
     """Register the rule of one kind of layer."""
 
     @rule(function, always=True)
-    def recur(
-        op: Operation,
-        input: Tensor,
-        hx: Tensor | Sequence[Tensor],
-        params: Sequence[Tensor],
-        has_biases: bool,
-        num_layers: int,
-        dropout: float,
-        train: bool,
-        bidirectional: bool,
-        batch_first: bool = False,
-    ) -> tuple[Tensor, ...]:
-        if not isinstance(has_biases, bool) or (train and dropout):
-            raise NotCovered  # a PackedSequence has other arguments in these places
+    def recur(op: Operation, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        # A PackedSequence has the sizes of its steps in second place, and no `batch_first`.
+        is_packed = not isinstance(arguments[2], bool)
+        sizes, *others = arguments if is_packed else (None, *arguments)
+        hx, params, has_biases, num_layers, dropout, train, bidirectional, *rest = others
+        if train and dropout:
+            raise NotCovered
         directions = 1 + bidirectional
         size = len(params) // (num_layers * directions)
         layers = [
@@ -227,7 +219,15 @@ def _define(function: Callable[..., Any], scan: Scan) -> None:
             for at in range(0, len(params), size)
         ]
         states = (hx,) if isinstance(hx, Tensor) else hx
-        return _recur(op, scan, input, states, layers, directions, batch_first)
+        x = op.samples(input)
+        if sizes is None:
+            return _recur(op, scan, x, states, layers, directions, *rest)
+        batch = {int(size) for size in op.shared(sizes).tolist()}
+        if len(batch) > 1:
+            raise NotCovered  # sequences of different lengths within one sample
+        steps = torch.unflatten(x, 1, (-1, *batch))
+        output, *lasts = _recur(op, scan, steps, states, layers, directions)
+        return output.flatten(1, 2), *lasts
 
 
 def _define_cell(

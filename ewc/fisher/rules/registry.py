@@ -54,6 +54,14 @@ class Operation(Protocol):
         """
         ...
 
+    def shared(self, tensor: Tensor) -> Tensor:
+        """The value of a tensor that is the same for all samples, `[*shape]`.
+
+        Raises:
+            DivergentBranches: It differs; the samples are grouped by it.
+        """
+        ...
+
     def record(
         self, output: Tensor, gradients: Mapping[Tensor | None, Callable[[Tensor], Gradient]]
     ) -> Tensor:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from tests.fisher.paths.models import Net, Run, methods
 from tests.support.fisher import TYPES
@@ -44,10 +46,18 @@ def view_of_an_einsum(net: Net, x: Tensor) -> Tensor:
     return net.last(h.view(len(x), -1) + net.vector)
 
 
+def attention(net: Net, x: Tensor) -> Tensor:
+    q = (net.first(x) * net.vector).view(len(x), 1, 5, 1).expand(-1, -1, -1, 2)
+    k = q.repeat(1, 1, 2, 1)
+    one = F.scaled_dot_product_attention(q, k, k, causal_lower_right(5, 10))
+    other = F.scaled_dot_product_attention(q, k, k, causal_upper_left(5, 10))
+    return net.last((one + other).sum(-1).flatten(1))
+
+
 @pytest.mark.parametrize("fisher_type", TYPES)
 @pytest.mark.parametrize(
     "run",
-    [leaves, asks_for_a_graph, straight_through, view, view_of_an_einsum],
+    [attention, leaves, asks_for_a_graph, straight_through, view, view_of_an_einsum],
     ids=lambda run: run.__name__,
 )
 def test_goes_by_rule(run: Run, fisher_type: str) -> None:
