@@ -17,6 +17,7 @@ from ewc._summary import Curvature, Summary
 from ewc.errors import (
     InvalidBatch,
     NothingProtectedWarning,
+    ReplacedParameterWarning,
     SlowPathWarning,
     ZeroFisherWarning,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Pointwise",
     "Reduction",
     "Regression",
+    "ReplacedParameterWarning",
     "SlowPathWarning",
     "Summary",
     "TimeSeries",

@@ -24,7 +24,7 @@ from ewc.processes.layout import local
 from ewc.processes.ranks import Ranks
 from ewc.quadratic.binding import Binding
 from ewc.quadratic.merging import Merging
-from ewc.quadratic.state import State, check_finite
+from ewc.quadratic.state import State, check_finite, refuse_non_finite
 from ewc.quadratic.values import plain_tensor
 
 
@@ -144,9 +144,11 @@ class Task:
         """Estimate the diagonal Fisher in one pass over the batches.
 
         Raises:
-            ValueError: The data is invalid, the number of samples is needed and not known, or
-                every entry of the Fisher is zero.
+            ValueError: Parameters are not finite, the data is invalid, the number of samples is
+                needed and not known, or every entry of the Fisher is zero.
         """
+        with torch.no_grad():
+            refuse_non_finite(parameters)
         squares = collect(
             model,
             parameters,
@@ -227,6 +229,7 @@ class Estimate:
                 state.n_tasks + 1,
                 state.warned.union(self.zero),
                 state.warned_slow or self.squares.slow,
+                state.warned_replaced,
             )
             binding = Binding(model, after, merging.precision)
             # A collective, if parameters are sharded.
@@ -296,7 +299,10 @@ def _zero_names(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
     if len(names) == len(fisher):
         raise ValueError(
             "The negative log-likelihood must depend on the parameters; found that the Fisher of "
-            "every parameter is zero, so that nothing would be protected. Fix: see whether the "
-            "outputs are detached, all positions masked or ignored, or other parameters used."
+            "every parameter is zero, so that nothing would be protected. Fix: if the model fits "
+            'these data perfectly, use fisher_type="exact" or "mc", or consolidate before that; if '
+            "the loss compares the samples of a batch, it is constant for one: make the samples "
+            "that it compares one sample, [1, B, ...]; else see whether the outputs are detached, "
+            "all positions masked or ignored, or other parameters used."
         )
     return names

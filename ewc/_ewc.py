@@ -3,7 +3,6 @@
 The Fisher is computed in `ewc.fisher`, and merged with that of earlier tasks in `ewc.quadratic`.
 """
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ewc._checks import number
 from ewc._consolidation import Settings, Task
+from ewc._copying import Copied
 from ewc._options import FisherType, Reduction
 from ewc._summary import Summary
 from ewc.data.calling import Forward, check_forward
@@ -27,14 +27,15 @@ from ewc.processes.ranks import SINGLE_PROCESS
 from ewc.quadratic.binding import Binding, traced_penalty
 from ewc.quadratic.checkpoint import dump, restore
 from ewc.quadratic.merging import Merging
-from ewc.quadratic.penalty import zero
+from ewc.quadratic.penalty import origin, zero
+from ewc.quadratic.replacement import rebound, warn_of_replaced
 from ewc.quadratic.state import State, check_fit
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class EWC:
+class EWC(Copied):
     r"""Elastic Weight Consolidation: a penalty that protects earlier tasks in training.
 
     The penalty after `T` consolidations is
@@ -109,7 +110,8 @@ class EWC:
         self._state = State()
         self._binding: Binding | None = None
         self._merging = Merging()
-        collectable(self._model, self._chosen)
+        parameters = collectable(self._model, self._chosen)
+        self._origin = origin(next(iter(parameters.values())).device)
 
     @property
     def strength(self) -> float:
@@ -146,15 +148,19 @@ class EWC:
         Raises:
             ValueError: A protected parameter is gone or has changed its shape, other than by
                 growing along dimension 0.
+
+        Warns:
+            ReplacedParameterWarning: Once for each protected parameter that another object with
+                other values has replaced, such as the weight of a new head.
         """
         if not self._state.quadratics:
-            return zero([*self._trainable().values()] or [*self._model.parameters()])
+            return zero([*self._trainable().values()] or [*self._model.parameters()], self._origin)
         if torch.compiler.is_compiling():
             return traced_penalty(self._model, self._state, self._merging.precision, self._strength)
         if self._binding is None or not self._binding.is_current(self._state):
             self._check_fit()
-            with torch.inference_mode(False), torch.no_grad():
-                self._binding = Binding(self._model, self._state, self._merging.precision)
+            precision = self._merging.precision
+            self._binding = rebound(self._binding, self._model, self._state, precision)
             self._state = self._binding.state
         return self._binding.penalty(self._strength)
 
@@ -197,6 +203,7 @@ class EWC:
         Warns:
             ZeroFisherWarning: Once for each parameter whose Fisher is zero in every entry.
             SlowPathWarning: Once, if most samples were run one at a time.
+            ReplacedParameterWarning: As for the penalty.
         """
         ranks = ranks_of(self._model, self._process_group)
         with ranks.all_or_none():
@@ -219,6 +226,7 @@ class EWC:
                     self._state, self._model, parameters, self._merging
                 )
                 estimate.warn(self._state)
+                warn_of_replaced(self._binding, binding)
                 ranks.barrier("the end")
         self._state, self._binding = binding.state, binding
         return summary
@@ -293,8 +301,7 @@ class EWC:
                 ranks=ranks,
             )
             ranks.barrier("the end")
-        old = self._state
-        self._state = replace(restored, warned=old.warned, warned_slow=old.warned_slow)
+        self._state, self._binding = restored.warned_like(self._state), None
 
     def __repr__(self) -> str:
         return (
@@ -303,17 +310,6 @@ class EWC:
             f"reduction={self._settings.reduction!r}, "
             f"n_tasks={self.n_tasks}, parameters={len(self._state.quadratics)})"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Process groups, and references into a live model, cannot be copied.
-        return {**self.__dict__, "_binding": None, "_process_group": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "EWC":
-        other = object.__new__(type(self))
-        memo[id(self)] = other
-        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        other._process_group = self._process_group
-        return other
 
     def _configuration(self) -> dict[str, Any]:
         """The options that give the numbers in a state their meaning."""

@@ -16,5 +16,9 @@ class SlowPathWarning(UserWarning):
     """A consolidation ran most samples one at a time: the same Fisher estimate, but slower."""
 
 
+class ReplacedParameterWarning(UserWarning):
+    """A new parameter has the name of a protected one, and is pulled towards the old values."""
+
+
 class NothingProtectedWarning(UserWarning):
     """The penalty is 0 wherever the parameters move: nothing is protected."""

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
+from ewc._checks import listed_names
 from ewc._options import Method
 from ewc.data.batch import Batch
 from ewc.errors import InvalidBatch
@@ -15,6 +16,7 @@ from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
 from ewc.fisher.verification import OBJECTS, confirmed
+from ewc.model.finite import AFTER_DIVERGENCE, diverged
 
 
 class Accumulator:
@@ -144,11 +146,18 @@ class Accumulator:
             finite = verdict.tolist()
             names = [name for name, good in zip(self.sums, finite, strict=True) if not good]
             if names:
+                values = diverged(self._runner.model)
+                cause = (
+                    f"the model has values that are not finite, in {listed_names(values)}: "
+                    f"{AFTER_DIVERGENCE}"
+                    if values
+                    else "look at the inputs, targets and loss of that batch; scale them, or use a "
+                    "wider dtype."
+                )
                 raise ValueError(
                     "Squared gradients must be finite; found NaN, infinity or a square that "
                     f"overflows in batch {self._first_non_finite(bundle)} (counted from 0), in "
-                    f"{', '.join(map(repr, names))}. Fix: look at the inputs, targets and loss of "
-                    "that batch; scale them, or use a wider dtype."
+                    f"{listed_names(names)}. Fix: {cause}"
                 )
 
     def _first_non_finite(self, bundle: Bundle) -> int:

@@ -24,7 +24,9 @@ class LiveParameters:
         names: Names of parameters in the model.
 
     Attributes:
+        names: The names.
         parameters: The parameters, in the order of `names`.
+        locations: Where the model keeps them.
 
     Raises:
         ValueError: A module or a parameter has a dot in its own name, so that its parameters
@@ -33,9 +35,10 @@ class LiveParameters:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         edges: dict[tuple[int, str], tuple[dict[str, Any], str, object]] = {}
+        self.names = list(names)
         self.parameters: list[nn.Parameter] = []
-        self._locations: list[Location] = []
-        for name in names:
+        self.locations: list[Location] = []
+        for name in self.names:
             location = locate(model, name)
             if location is None:
                 raise ValueError(
@@ -46,11 +49,11 @@ class LiveParameters:
             for registry, key in location.edges:
                 edges[id(registry), key] = (registry, key, registry[key])
             self.parameters.append(location.parameter)
-            self._locations.append(location)
+            self.locations.append(location)
         self._edges = list(edges.values())
         # For the check in every step: see `is_current`.
-        self._registries = [location.registry for location in self._locations]
-        self._keys = [location.key for location in self._locations]
+        self._registries = [location.registry for location in self.locations]
+        self._keys = [location.key for location in self.locations]
         self._layouts = list(map(_layout, self.parameters))
 
     def is_current(self) -> bool:
@@ -65,6 +68,6 @@ class LiveParameters:
             unchanged = all(map(is_, found, self.parameters))
         except KeyError:
             return False
-        if not unchanged and not all(map(Location.has, self._locations, self.parameters)):
+        if not unchanged and not all(map(Location.has, self.locations, self.parameters)):
             return False
         return list(map(_layout, self.parameters)) == self._layouts

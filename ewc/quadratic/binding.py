@@ -49,11 +49,12 @@ class Binding:
     Attributes:
         state: The state on the parameters' devices, at least as wide, and sharded as they are.
         precisions: The curvature of the penalty for each parameter, by name.
+        live: The parameters.
     """
 
     def __init__(self, model: nn.Module, state: State, precision: Precision) -> None:
-        self._live = LiveParameters(model, state.quadratics)
-        parameters = self._live.parameters
+        self.live = LiveParameters(model, state.quadratics)
+        parameters = self.live.parameters
         quadratics = {
             name: quadratic.like(parameter)
             for (name, quadratic), parameter in zip(
@@ -90,11 +91,11 @@ class Binding:
 
     def is_current(self, state: State) -> bool:
         """Whether this still binds `state` to the model as it is."""
-        return self.state is state and self._live.is_current()
+        return self.state is state and self.live.is_current()
 
     def penalty(self, strength: float) -> Tensor:
         """The penalty at the parameters' present values."""
-        thetas: list[Tensor] = [*self._live.parameters]
+        thetas: list[Tensor] = [*self.live.parameters]
         for index in self._partial:
             thetas[index] = local(protected_rows(thetas[index], self._anchors[index]))
         return _sum(

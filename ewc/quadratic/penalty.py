@@ -105,9 +105,27 @@ def expression(
     return ((value + constant) * (0.5 * strength)).to(dtype)
 
 
-def zero(thetas: Sequence[Tensor]) -> Tensor:
-    """The penalty of these parameters before anything is consolidated."""
-    return torch.zeros((), dtype=result_dtype(thetas), device=thetas[0].device)
+def origin(device: torch.device) -> Tensor:
+    """A leaf that `zero` begins a graph at, where a compiler cannot make one of its own."""
+    with torch.inference_mode(False):
+        return torch.zeros((), device=device, requires_grad=True)
+
+
+def zero(thetas: Sequence[Tensor], leaf: Tensor) -> Tensor:
+    """The penalty of these parameters before anything is consolidated.
+
+    `backward()` on it alone is no error, as on a penalty after that, and leaves the gradients of
+    the parameters as they are: None, where they are None. An optimizer would apply weight decay and
+    momentum to gradients of zero.
+
+    Args:
+        thetas: The parameters.
+        leaf: An `origin`.
+    """
+    dtype, device = result_dtype(thetas), thetas[0].device
+    if not torch.compiler.is_compiling():
+        leaf = torch.zeros((), dtype=dtype, device=device, requires_grad=torch.is_grad_enabled())
+    return leaf.to(device, dtype, copy=True)  # no leaf: it may be changed in place
 
 
 def result_dtype(thetas: Sequence[Tensor]) -> torch.dtype:

@@ -1,14 +1,14 @@
 """What consolidations leave behind, and whether a model still fits it."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from ewc._checks import check_materialised, listed, listed_names
-from ewc._scalars import read
+from ewc.model.finite import AFTER_DIVERGENCE, non_finite
 from ewc.model.names import find, is_parametrized
-from ewc.processes.layout import is_sharded, local
+from ewc.processes.layout import is_sharded
 from ewc.quadratic.quadratic import Quadratic, fits
 
 
@@ -21,12 +21,23 @@ class State:
         n_tasks: How many consolidations there were.
         warned: The names for which a `ZeroFisherWarning` was issued.
         warned_slow: Whether a `SlowPathWarning` was issued.
+        warned_replaced: The names for which a `ReplacedParameterWarning` was issued.
     """
 
     quadratics: Mapping[str, Quadratic] = field(default_factory=dict)
     n_tasks: int = 0
     warned: frozenset[str] = frozenset()
     warned_slow: bool = False
+    warned_replaced: frozenset[str] = frozenset()
+
+    def warned_like(self, other: "State") -> "State":
+        """This state, in an object that has issued the warnings of the `other`."""
+        return replace(
+            self,
+            warned=other.warned,
+            warned_slow=other.warned_slow,
+            warned_replaced=other.warned_replaced,
+        )
 
     def quadratics_like(self, model: nn.Module) -> Iterator[tuple[str, Quadratic]]:
         """The names and quadratics, on the parameters' devices, at least as wide, sharded as they.
@@ -83,23 +94,26 @@ def check_finite(quadratics: Mapping[str, Quadratic], reduction: str) -> None:
     Raises:
         ValueError: A Fisher or an anchor is not finite; the message names them.
     """
-    overflowed = _non_finite({name: q.fisher for name, q in quadratics.items()})
+    overflowed = non_finite({name: q.fisher for name, q in quadratics.items()})
     if overflowed:
         raise ValueError(
             "The Fisher must be finite; found that it overflows for "
             f"{listed_names(overflowed)}. Fix: check the scale of the likelihood"
             + ("." if reduction == "mean" else ', or use reduction="mean".')
         )
-    non_finite = _non_finite({name: q.anchor for name, q in quadratics.items()})
-    if non_finite:
+    refuse_non_finite({name: q.anchor for name, q in quadratics.items()})
+
+
+def refuse_non_finite(values: Mapping[str, Tensor]) -> None:
+    """Refuse protected parameters, or anchors, that are not finite.
+
+    Raises:
+        ValueError: An entry is NaN or infinite; the message names the parameters.
+    """
+    names = non_finite(values)
+    if names:
         raise ValueError(
             "Protected parameters must be finite; found NaN or infinite entries in "
-            f"{listed_names(non_finite)}. Fix: repair the values, or exclude the parameters by "
-            "requires_grad_(False) or the argument parameters."
+            f"{listed_names(names)}. Fix: {AFTER_DIVERGENCE} Exclude parameters that are meant to "
+            "be so by requires_grad_(False) or the argument parameters."
         )
-
-
-def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those with an entry that is NaN or infinite."""
-    finite = read([local(each).isfinite().all() for each in tensors.values()])
-    return [name for name, one in zip(tensors, finite, strict=True) if not one]

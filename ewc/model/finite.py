@@ -1,0 +1,38 @@
+"""Which values of a model are not finite."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ewc._scalars import read
+from ewc.model.names import named_parameters
+from ewc.processes.layout import local
+
+AFTER_DIVERGENCE = (
+    "if training has diverged, go back to a checkpoint, and train with a smaller learning rate or "
+    "strength: plain gradient descent on the penalty is stable only while lr * strength * largest "
+    "< 2, where largest is the largest curvature of the penalty (consolidate returns it: "
+    "summary.largest)."
+)
+"""What to do about parameters that are not finite."""
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those with an entry that is NaN or infinite; all are read at once."""
+    finite = read([local(each.detach()).isfinite().all() for each in tensors.values()])
+    return [name for name, one in zip(tensors, finite, strict=True) if not one]
+
+
+def diverged(model: nn.Module) -> list[str]:
+    """The names of parameters that are not finite, and of buffers with NaN entries.
+
+    Infinite buffers are common, as masks. Without a collective: of the parts on this process.
+    """
+    parameters = non_finite(named_parameters(model))
+    buffers = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if buffer.is_floating_point() and not buffer.is_meta
+    }
+    nan = read([local(each).isnan().any() for each in buffers.values()])
+    return [*parameters, *(name for name, one in zip(buffers, nan, strict=True) if one)]
