@@ -7,8 +7,10 @@ the shapes of the loader.
 """
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+
+import torch
 
 from ewc.data.batch import Batch
 from ewc.data.lists import Known
@@ -37,7 +39,11 @@ def is_users(error: Exception) -> bool:
 
 @contextmanager
 def explaining(
-    which: str, batch: Batch, run_whole: Callable[[Batch], object] | None, known: Known
+    which: str,
+    batch: Batch,
+    run_whole: Callable[[Batch], object] | None,
+    known: Known,
+    dtypes: Collection[torch.dtype],
 ) -> Iterator[None]:
     """Explain the exceptions of the user's code that are raised inside the context.
 
@@ -46,6 +52,7 @@ def explaining(
         batch: The batch, as the loader yielded it.
         run_whole: Runs a whole batch; None if that is not possible.
         known: What the batches have shown about the lists in them.
+        dtypes: Of the parameters.
     """
     try:
         yield
@@ -67,7 +74,8 @@ def explaining(
             add_note(
                 error,
                 f"in {which} (counted from 0), {found}, cut to {_counted(samples)}: model, forward "
-                f"and likelihood must run on one sample alone.{known.hint}",
+                f"and likelihood must run on one sample alone.{known.hint}"
+                f"{_on_dtypes(error, batch, dtypes)}",
             )
         raise
 
@@ -91,6 +99,24 @@ def _on_whole(run: Callable[[Batch], object], batch: Batch) -> tuple[str | None,
     return None, (
         " The whole batch is valid, so something depends on the number of samples: a squeeze() "
         "without a dimension (use squeeze(-1)), a view with a fixed size."
+    )
+
+
+def _on_dtypes(error: Exception, batch: Batch, dtypes: Collection[torch.dtype]) -> str:
+    """What to say of an error about types, if the batch has others than the parameters.
+
+    Wrappers that cast inputs, as for bfloat16 parameters, are taken off the model.
+    """
+    floating = {each.dtype for each in batch.tensors if each.is_floating_point()}
+    if "type" not in str(error) or not floating - set(dtypes):
+        return ""
+    found, expected = (
+        ", ".join(sorted(str(each).removeprefix("torch.") for each in kinds))
+        for kinds in (floating, dtypes)
+    )
+    return (
+        f" Inputs must have the dtype that the model computes in; found {found} beside parameters "
+        f"in {expected}. Fix: cast the inputs, in the loader or in forward."
     )
 
 

@@ -113,7 +113,9 @@ class Runner:
             batch: The batch, as the loader yielded it.
             may_run: Whether the model may be run once more.
         """
-        return explaining(which, batch, self._run_whole if may_run else None, self.known)
+        run_whole = self._run_whole if may_run else None
+        dtypes = {each.dtype for each in self.parameters.values()}
+        return explaining(which, batch, run_whole, self.known, dtypes)
 
     def _run_whole(self, batch: Batch) -> None:
         try:

@@ -61,6 +61,13 @@ def test_of_the_model() -> None:
     assert "cut to 1 sample:" in note(RuntimeError, Fixed(2), make_task(size=16))
 
 
+def test_of_inputs_in_another_dtype() -> None:
+    found = note(RuntimeError, make_model().to(torch.bfloat16), make_task())
+    assert "found float32 beside parameters in bfloat16. Fix: cast the inputs" in found
+    found = note(RuntimeError, make_model(), [(x.double(), y) for x, y in make_task()])
+    assert "found float64 beside parameters in float32" in found
+
+
 def test_of_forward() -> None:
     found = note(Broken, make_model(), make_task(), forward=failing(lambda x: len(x) == 1))
     assert "batch 0" in found
