@@ -4,7 +4,6 @@ Arguments are checked, a `Task` is made of them, it gives an `Estimate` of its F
 merged into the state. `EWC.consolidate` calls them in turn.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -14,12 +13,14 @@ from torch import Tensor, nn
 
 from ewc._checks import choice, positive_int
 from ewc._options import FisherType, Reduction
+from ewc._restoring import Restore
 from ewc._summary import Summary, measure
 from ewc.data.calling import Forward, check_forward
-from ewc.errors import SlowPathWarning, ZeroFisherWarning
+from ewc.errors import SlowPathWarning, ZeroFisherWarning, warn
 from ewc.fisher import Squares, collect
 from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
+from ewc.model.randomness import Randomness
 from ewc.processes.layout import local
 from ewc.processes.ranks import Ranks
 from ewc.quadratic.binding import Binding
@@ -140,8 +141,16 @@ class Task:
         parameters: Mapping[str, nn.Parameter],
         settings: Settings,
         ranks: Ranks,
+        undo: list[Restore],
     ) -> "Estimate":
         """Estimate the diagonal Fisher in one pass over the batches.
+
+        Args:
+            model: The unwrapped model.
+            parameters: The parameters to collect.
+            settings: The options of this and all other tasks.
+            ranks: The processes.
+            undo: What takes back all draws is appended, for a failure, also a later one.
 
         Raises:
             ValueError: Parameters are not finite, the data is invalid, the number of samples is
@@ -149,6 +158,8 @@ class Task:
         """
         with torch.no_grad():
             refuse_non_finite(parameters)
+        randomness = Randomness((each.device for each in parameters.values()), self.generator)
+        undo.append(randomness.restore)
         squares = collect(
             model,
             parameters,
@@ -158,9 +169,10 @@ class Task:
             fisher_type=settings.fisher_type,
             max_samples=settings.max_samples,
             generator=self.generator,
+            randomness=randomness,
             ranks=ranks,
         )
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             weight = 1 if settings.reduction == "mean" else self._n_samples(squares, ranks)
             fisher = {
                 name: plain_tensor(each.div_(squares.samples / weight)).contiguous()
@@ -221,7 +233,7 @@ class Estimate:
         Raises:
             ValueError: No finite penalty would follow.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             quadratics = merging.next_quadratics(model, state.quadratics, parameters, self.fisher)
             check_finite(quadratics, self.reduction)
             after = State(
@@ -252,9 +264,9 @@ class Estimate:
         """
         zero = [n for n in self.zero if n not in state.warned and self.fisher[n].numel()]
         if zero:
-            warnings.warn(self._zero_message(zero), ZeroFisherWarning, stacklevel=3)
+            warn(self._zero_message(zero), ZeroFisherWarning)
         if self.squares.slow and not state.warned_slow:
-            warnings.warn(self._slow_message(), SlowPathWarning, stacklevel=3)
+            warn(self._slow_message(), SlowPathWarning)
 
     def _zero_message(self, names: list[str]) -> str:
         unused = [name for name in names if self.squares.paths[name] == "unused"]

@@ -14,12 +14,13 @@ from ewc._checks import number
 from ewc._consolidation import Settings, Task
 from ewc._copying import Copied
 from ewc._options import FisherType, Reduction
+from ewc._restoring import Restore
 from ewc._summary import Summary
 from ewc.data.calling import Forward, check_forward
+from ewc.fisher.environment import undisturbed
 from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
 from ewc.model.names import named_parameters, unwrap
-from ewc.model.randomness import Randomness
 from ewc.model.selection import check_released, collectable, select, trainable, without
 from ewc.processes.groups import ranks_of, wrapper_group
 from ewc.processes.layout import has_sharded_parameters
@@ -205,31 +206,35 @@ class EWC(Copied):
             SlowPathWarning: Once, if most samples were run one at a time.
             ReplacedParameterWarning: As for the penalty.
         """
-        ranks = ranks_of(self._model, self._process_group)
-        with ranks.all_or_none():
-            task = Task.checked(
-                batches,
-                self._likelihood if likelihood is None else likelihood,
-                self._forward if forward is None else forward,
-                dataset_size,
-                generator,
-                fisher_type=self._settings.fisher_type,
-            )
-            self._check_fit()
-            parameters = collectable(self._model, self._chosen)
-            options = {**self._configuration(), "strength": self._strength, "n_tasks": self.n_tasks}
-            task.agree(ranks, parameters, self._settings, options)
-            randomness = Randomness(parameter.device for parameter in parameters.values())
-            with randomness.unchanged_on_failure(generator):
-                estimate = task.estimate(self._model, parameters, self._settings, ranks)
+        committed = {"_state": self._state, "_binding": self._binding}
+        undo: list[Restore] = [lambda: self.__dict__.update(committed)]
+
+        def run() -> Summary:
+            ranks = ranks_of(self._model, self._process_group)
+            with ranks.all_or_none():
+                task = Task.checked(
+                    batches,
+                    self._likelihood if likelihood is None else likelihood,
+                    self._forward if forward is None else forward,
+                    dataset_size,
+                    generator,
+                    fisher_type=self._settings.fisher_type,
+                )
+                self._check_fit()
+                parameters = collectable(self._model, self._chosen)
+                options = {"strength": self._strength, "n_tasks": self.n_tasks}
+                task.agree(ranks, parameters, self._settings, {**self._configuration(), **options})
+                estimate = task.estimate(self._model, parameters, self._settings, ranks, undo)
                 binding, summary = estimate.merged_into(
                     self._state, self._model, parameters, self._merging
                 )
                 estimate.warn(self._state)
                 warn_of_replaced(self._binding, binding)
                 ranks.barrier("the end")
-        self._state, self._binding = binding.state, binding
-        return summary
+            self._state, self._binding = binding.state, binding
+            return summary
+
+        return undisturbed(run, on_failure=undo)
 
     def forget(self, *names: str) -> None:
         """Release parameters: their Fisher and anchor are dropped, and the penalty omits them.

@@ -19,6 +19,18 @@ def level() -> int:
     return 0 if found is None else found
 
 
+def depth() -> int:
+    """How many transforms are running, to be given to `unwind`."""
+    found: int = _functorch.get_dynamic_layer_stack_depth()
+    return found
+
+
+def unwind(depth: int) -> None:
+    """End transforms that an interrupt has left running, until only `depth` of them are."""
+    if _functorch.get_dynamic_layer_stack_depth() > depth:
+        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
 @contextmanager
 def beneath() -> Iterator[None]:
     """Leave the innermost `vmap` in this context, to compute on physical tensors."""

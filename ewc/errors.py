@@ -3,6 +3,9 @@
 Each has a class of its own, so that it can be caught, silenced or turned into an error separately.
 """
 
+import sys
+import warnings
+
 
 class InvalidBatch(ValueError):  # noqa: N818 - named after what is wrong, as queue.Empty is
     """A batch, or a value computed from it, breaks a rule; the message states the rule."""
@@ -22,3 +25,11 @@ class ReplacedParameterWarning(UserWarning):
 
 class NothingProtectedWarning(UserWarning):
     """The penalty is 0 wherever the parameters move: nothing is protected."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn whoever has called the library, however deep inside of it this is called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("ewc."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

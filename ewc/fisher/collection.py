@@ -16,8 +16,9 @@ from ewc.data.calling import Forward
 from ewc.fisher.accumulation import Accumulator
 from ewc.fisher.batches import Reading
 from ewc.fisher.coordination import Coordination, Independent
+from ewc.fisher.environment import undisturbed
+from ewc.fisher.hiding import without_compilation
 from ewc.fisher.mixing import refuse_batch_statistics
-from ewc.fisher.numerics import without_compilation
 from ewc.fisher.runner import Runner
 from ewc.fisher.sharded.lockstep import LockStep
 from ewc.fisher.sharded.model import ShardedModel
@@ -68,6 +69,7 @@ def collect(
     fisher_type: FisherType,
     max_samples: int | None,
     generator: torch.Generator | None,
+    randomness: Randomness | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> Squares:
     """Sum the squared gradients of all samples, each run through the model alone, in eval mode.
@@ -84,49 +86,53 @@ def collect(
         fisher_type: `"empirical"`, `"exact"` or `"mc"`.
         max_samples: The largest number of samples, or None for all.
         generator: Gives the seed of `"mc"`; None for the global generator.
+        randomness: What the model draws from; None starts from the present random states.
         ranks: The processes that share the data; all of them must call this.
 
     Raises:
         ValueError: There are no samples, a batch is not valid, a module mixes samples, or a
             gradient is not finite.
     """
+    if randomness is None:
+        randomness = Randomness(parameter.device for parameter in parameters.values())
+    refuse_batch_statistics(model)
     with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        sums = {name: _zeros(each) for name, each in parameters.items()}
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(without_compilation())
         sharded: ShardedModel | None = None
         if has_sharded_parameters(model):
             sharded = stack.enter_context(ShardedModel(model, parameters, ranks))
             parameters = sharded.parameters
-        guard = stack.enter_context(Guard(model))
-        refuse_batch_statistics(model)
-        randomness = Randomness(parameter.device for parameter in parameters.values())
-        if fisher_type == "mc":
-            randomness.seed_from(generator, ranks.data_rank)
+        guard = Guard(model)
 
         def restore() -> None:
             guard.restore()
             if sharded is not None:
                 sharded.reset()
 
-        runner = Runner(
-            model,
-            parameters,
-            likelihood,
-            forward,
-            fisher_type,
-            randomness,
-            restore,
-            frozenset() if sharded is None else sharded.placeholder_names,
-        )
-        coordination: Coordination = (
-            Independent() if sharded is None else LockStep(sharded, ranks, runner)
-        )
-        quota = None if max_samples is None else ranks.quota(max_samples)
-        reading = Reading(batches, quota, runner.read, restore)
-        found = _run(runner, coordination, reading, sums)
-        return _combined(ranks, found, truncated=reading.truncated)
+        def run() -> Squares:
+            guard.prepare()
+            sums = {name: _zeros(each) for name, each in parameters.items()}
+            if fisher_type == "mc":
+                randomness.seed_from(generator, ranks.data_rank)
+            runner = Runner(
+                model,
+                parameters,
+                likelihood,
+                forward,
+                fisher_type,
+                randomness,
+                restore,
+                frozenset() if sharded is None else sharded.placeholder_names,
+            )
+            coordination: Coordination = (
+                Independent() if sharded is None else LockStep(sharded, ranks, runner)
+            )
+            quota = None if max_samples is None else ranks.quota(max_samples)
+            reading = Reading(batches, quota, runner.read, restore)
+            with torch.enable_grad(), without_compilation:
+                found = _run(runner, coordination, reading, sums)
+            return _combined(ranks, found, truncated=reading.truncated)
+
+        return undisturbed(run, always=[guard.leave])
 
 
 def _run(
@@ -143,6 +149,7 @@ def _run(
     with runner.explaining(which, first or verified_on, may_run=may_run):
         methods = verify(runner, coordination, verified_on, sums)
     coordination.end_verification()
+    runner.randomness.expect_as_seen()
     accumulator = Accumulator(runner, coordination, sums, methods)
     vectorised = None if isinstance(methods, str) else methods
     remaining = batches if first is None else chain([first], batches)

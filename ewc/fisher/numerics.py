@@ -1,12 +1,15 @@
 """How a collection computes, whatever the caller has switched on."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.backends import cudnn
+
+from ewc._restoring import restoring
+from ewc.fisher.switches import Switch
 
 # The settings by backend and operation, which came with torch 2.9; before, one setting governs all.
 _HAS_SETTINGS = hasattr(torch._C, "_get_fp32_precision_getter")
@@ -31,21 +34,8 @@ def full_precision() -> Iterator[None]:
     `cudnn.allow_tf32`, or enter `cudnn.flags`, which fail where settings of the old and of the new
     interface disagree.
     """
-    inner = None
-    before = [(setting, _own(*setting)) for setting in _PRODUCTS]
-    try:
-        for setting in _PRODUCTS:
-            _set(*setting, "ieee")
-        # It can be read only now: where the caller has mixed both interfaces, it raises.
-        inner = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        with without_cudnn():
-            yield
-    finally:
-        if inner is not None:
-            torch.set_float32_matmul_precision(inner)
-        for setting, precision in before:
-            _set(*setting, precision)
+    with nullcontext() if _is_full() else _products, without_cudnn:
+        yield
 
 
 def product_context() -> Callable[[], AbstractContextManager[None]]:
@@ -54,36 +44,42 @@ def product_context() -> Callable[[], AbstractContextManager[None]]:
     It does nothing where the caller's settings are full precision: to enter `full_precision` for
     every product costs more than a small product.
     """
-    if _HAS_SETTINGS:
-        is_full = {_get(*_CUDA), _get(*_CPU)} <= {"none", "ieee"}
-    else:
-        is_full = torch.get_float32_matmul_precision() == "highest"
-    return nullcontext if is_full else full_precision
+    return nullcontext if _is_full() else full_precision
 
 
-@contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Switch cuDNN off: its recurrent layers refuse the reverse pass in eval mode."""
-    before = cudnn.enabled
-    cudnn.enabled = False
+def _is_full() -> bool:
+    """Whether products outside of cuDNN are in full precision, and stay so."""
+    if _products.is_changed:  # perhaps by another thread, which may put it back at any time
+        return False
     try:
-        yield
-    finally:
-        cudnn.enabled = before
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller has mixed both interfaces
+        return False
+    return older == "highest" and {_get(*each) for each in _PRODUCTS} <= {"none", "ieee"}
 
 
-@contextmanager
-def without_compilation() -> Iterator[None]:
-    """Run what `torch.compile` has compiled eagerly.
+def _read_precision() -> tuple[list[str], str]:
+    """The caller's settings, and the setting of the older interface."""
+    own = [_own(*setting) for setting in _PRODUCTS]
 
-    Compiled code performs operations that no mode sees, and the compiler cannot trace what runs
-    inside `vmap`. As long as the compiler is not imported, nothing is compiled.
-    """
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    def read_older() -> str:
+        for setting in _PRODUCTS:
+            _set(*setting, "ieee")
+        # It can be read only now: where the caller has mixed both interfaces, it raises.
+        return torch.get_float32_matmul_precision()
+
+    return own, restoring(read_older, always=[partial(_set_all, own)])
+
+
+def _change_precision() -> None:
+    _set_all(["ieee"] * len(_PRODUCTS))
+    torch.set_float32_matmul_precision("highest")
+
+
+def _put_back_precision(before: tuple[list[str], str]) -> None:
+    own, older = before
+    torch.set_float32_matmul_precision(older)
+    _set_all(own)
 
 
 def _get(backend: str, operation: str) -> str:
@@ -96,6 +92,11 @@ def _set(backend: str, operation: str, precision: str) -> None:
     torch._C._set_fp32_precision_setter(backend, operation, precision)
 
 
+def _set_all(precisions: Sequence[str]) -> None:
+    for setting, precision in zip(_PRODUCTS, precisions, strict=True):
+        _set(*setting, precision)
+
+
 def _own(backend: str, operation: str) -> str:
     """A setting of its own; "none" where it is inherited, which only a trial can tell."""
     found = _get(backend, operation)
@@ -105,8 +106,19 @@ def _own(backend: str, operation: str) -> str:
     if found != _get(*above):
         return found
     own_above = _own(*above)
-    try:
+
+    def is_own() -> bool:
         _set(*above, "tf32" if found == "ieee" else "ieee")
-        return found if _get(backend, operation) == found else "none"
-    finally:
-        _set(*above, own_above)
+        return _get(backend, operation) == found
+
+    return found if restoring(is_own, always=[partial(_set, *above, own_above)]) else "none"
+
+
+without_cudnn = Switch(
+    lambda: cudnn.enabled,
+    lambda: setattr(cudnn, "enabled", False),
+    lambda enabled: setattr(cudnn, "enabled", enabled),
+)
+"""Switches cuDNN off: its recurrent layers refuse the reverse pass in eval mode."""
+
+_products = Switch(_read_precision, _change_precision, _put_back_precision)

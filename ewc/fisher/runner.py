@@ -95,7 +95,7 @@ class Runner:
 
     def outputs(self, raw: Any, samples: int = 1) -> tuple[Any, tuple[Any, ...]]:
         """Run the model: its outputs, and the other arguments of the likelihood."""
-        with calling(samples), replaced():
+        with calling(samples), replaced:
             return apply(self.model, raw, self.forward, whole=self.known.inputs_are_whole)
 
     def terms(self, outputs: Any, rest: tuple[Any, ...], samples: int) -> Tensor:
@@ -146,7 +146,7 @@ class Runner:
     def record(self, vectorised: Vectorised, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded:
         """Run forward on all samples at once; `reverse` must follow."""
         try:
-            with self.randomness.stream() as keep, replaced():
+            with self.randomness.stream() as keep, replaced:
                 recorded = vectorised.forward(batch, sums)
                 keep()
                 return recorded
@@ -158,8 +158,9 @@ class Runner:
         """Run the reverse passes that belong to a forward pass, and add the squares."""
         devices = {parameter.device.type for parameter in self.parameters.values()}
         try:
-            with torch.no_grad(), without_autocast(devices):
+            with self.randomness.stream() as keep, torch.no_grad(), without_autocast(devices):
                 recorded.reverse()
+                keep()
         finally:
             # Not earlier: the graph may have saved a buffer that the model has written to.
             self.restore()
@@ -191,7 +192,7 @@ class Runner:
         def of_one(raw: Any) -> Tensor:
             return differentiated(*run(raw), 1).squeeze(1)
 
-        with self.randomness.stream() as keep, without_cudnn():
+        with self.randomness.stream() as keep, without_cudnn:
             reached = run_loop(
                 batch, parameters, sums, of_one, self.restore, hooked=self.hooked & names
             )

@@ -8,66 +8,56 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from ewc.processes.layout import local
 
 
 class Guard:
-    """A context in which a model is in eval mode; on exit, the model is as it was on entry.
+    """Keeps a model in eval mode from `prepare` to `leave`; then it is as it was before.
 
     The `training` flags are assigned directly, module by module: a module may override `train`, to
     merge weights for instance, so that calling it would change more than the flag.
 
     Args:
-        model: The model. A module that is added inside the context is removed on exit.
+        model: The model. A module that is added meanwhile is removed again.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._modules = list(model.modules())
         self._namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
-
-    def __enter__(self) -> Self:
-        modules = list(self._model.modules())
-        parameters = list(self._model.parameters())
+        parameters = list(model.parameters())
         # A forward pass may write to buffers. It writes to a parameter only in an embedding with
         # `max_norm`, which rescales its rows in place.
         self._snapshots = []
-        for module in modules:
+        for module in self._modules:
             writable = list(module.buffers(recurse=False))
             if getattr(module, "max_norm", None) is not None:
                 writable += module.parameters(recurse=False)
             if writable:
                 self._snapshots.append(_Snapshot(writable))
-        self._flags = [(module, module.training) for module in modules]
-        self._gradients = [(parameter, parameter.grad) for parameter in parameters]
-        self._hooks = [
-            (parameter, parameter._backward_hooks)
-            for parameter in parameters
-            if parameter._backward_hooks
+        self._flags = [(module, module.training) for module in self._modules]
+        self._parameters = [
+            (each, each.requires_grad, each.grad, each._backward_hooks) for each in parameters
         ]
-        # Nothing of the model has changed so far, so that an error above (out of memory, for
-        # instance) needs no restoring.
-        try:
-            self._prepare(modules)
-        except BaseException:  # a KeyboardInterrupt may come between any two lines
-            self.__exit__()
-            raise
-        return self
+        self._module_hooks = [
+            (hooks, dict(hooks))
+            for module in self._modules
+            for name, hooks in vars(module).items()
+            if name.startswith("_") and "_hooks" in name and isinstance(hooks, dict)
+        ]
 
-    def _prepare(self, modules: list[nn.Module]) -> None:
+    def prepare(self) -> None:
         """Put the model into eval mode, without gradients and gradient hooks."""
-        for module in modules:
+        for module in self._modules:
             module.training = False
-        # A model that runs `backward` in its forward pass must not add to the user's gradients.
-        for parameter, _ in self._gradients:
+        for parameter, _, _, hooks in self._parameters:
             parameter.grad = None
-        # Gradient hooks belong to training: they could change gradients, or step an optimizer.
-        for parameter, _ in self._hooks:
-            parameter._backward_hooks = None
+            # Gradient hooks belong to training: they could change gradients, or step an optimizer.
+            if hooks:
+                parameter._backward_hooks = None
         self._namespaces = [
             (namespace, dict(namespace))
-            for module in modules
+            for module in self._modules
             for namespace in (
                 module.__dict__,
                 module._buffers,
@@ -77,15 +67,8 @@ class Guard:
             if isinstance(namespace, dict)  # not those of a scripted module, which are read-only
         ]
 
-    def __exit__(self, *exception: object) -> None:
-        try:
-            self._restore_all()
-        except BaseException:  # it was interrupted: once more from the start
-            self._restore_all()
-            raise
-
-    def _restore_all(self) -> None:
-        """Restore the model to what it was before `_prepare`."""
+    def leave(self) -> None:
+        """Restore the model to what it was when this was made; it may be called several times."""
         try:
             self.restore()
             for snapshot in self._snapshots:
@@ -93,23 +76,29 @@ class Guard:
         finally:
             for module, training in self._flags:
                 module.training = training
-            for parameter, gradient in self._gradients:
+            for hooks, saved in self._module_hooks:
+                _restore(hooks, saved)
+            for parameter, requires_grad, gradient, backward_hooks in self._parameters:
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
-            for parameter, hooks in self._hooks:
-                parameter._backward_hooks = hooks
+                if parameter._backward_hooks is not backward_hooks:
+                    parameter._backward_hooks = backward_hooks
 
     def restore(self) -> None:
         """Undo what the last run changed, so that every run starts from the same model."""
         for namespace, saved in self._namespaces:
-            if namespace.keys() != saved.keys() or not all(
-                map(is_, namespace.values(), saved.values())
-            ):
-                namespace.clear()
-                namespace.update(saved)
+            _restore(namespace, saved)
         for snapshot in self._snapshots:
             snapshot.restore_by_version()
-        for parameter, _ in self._gradients:
+        for parameter, *_ in self._parameters:
             parameter.grad = None
+
+
+def _restore(namespace: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    if namespace.keys() != saved.keys() or not all(map(is_, namespace.values(), saved.values())):
+        namespace.clear()
+        namespace.update(saved)
 
 
 class _Snapshot:

@@ -1,32 +1,55 @@
 """The random stream of a collection, separate from the global random state."""
 
+import _thread
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _pop_mode, _push_mode
+
+from ewc.model.draws import Draws
+
+States = list[Tensor]
+"""Random states: the CPU's, then one for each accelerator."""
 
 
 class Randomness:
     """The random stream that a model draws from while its gradients are collected.
 
-    The global random state is put back after every run of the model, so that a loader, which draws
-    from it between the runs, yields the same batches as without a collection. The stream continues
-    from run to run, so that every batch has draws of its own.
+    The global random state is the same after every run of the model as before, so that a loader,
+    which draws from it between the runs, yields the same batches as without a collection. The
+    stream continues from run to run, so that every batch has draws of its own.
+
+    As long as there is one thread, the stream takes the place of the global state during a run.
+    Other threads may draw from the global state at any time; beside them it is left alone, and a
+    mode gives generators to the operations that draw. The mode is slow, so it is used for the first
+    runs, and for the others only if one of these has drawn.
 
     Args:
         devices: The devices of the model. The stream starts from their present random states.
+        generator: A generator that `restore` restores, too.
     """
 
-    def __init__(self, devices: Iterable[torch.device]) -> None:
+    def __init__(
+        self, devices: Iterable[torch.device], generator: torch.Generator | None = None
+    ) -> None:
         self._accelerators = [
             (torch.get_device_module(device.type), device)
             for device in sorted(set(devices), key=str)
-            if device.type != "cpu"
+            if device.type not in ("cpu", "meta")
         ]
         self._stream = self._states()
+        self._before = (self._stream, _others())
+        self._generator = generator
+        self._generator_before = None if generator is None else generator.get_state()
+        self._draws: Draws | None = None
+        self._draws_are_expected = True
+        self._is_seeded = False
+        self._others_draw = False
 
     def seed_from(self, generator: torch.Generator | None, rank: int) -> None:
         """Seed the stream with one draw from `generator`.
@@ -37,21 +60,24 @@ class Randomness:
         """
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=device)) + rank
-        before = self._states()
-        torch.default_generator.manual_seed(seed)
-        for module, device in self._accelerators:
-            with torch.device(device):
-                module.manual_seed(seed)
-        self._stream = self._states()
-        self._set(before)
+        self._is_seeded = True
+        if not self._is_alone:
+            self._stream = [each.manual_seed(seed).get_state() for each in self._generators()]
+            return
+        with self._in_place(self._stream):
+            torch.default_generator.manual_seed(seed)
+            for module, device in self._accelerators:
+                with torch.device(device):
+                    module.manual_seed(seed)
+            self._stream = self._states()
 
     @property
-    def position(self) -> list[Any]:
+    def position(self) -> States:
         """Where the stream stands; assigned, the next run repeats the draws made from there."""
         return self._stream
 
     @position.setter
-    def position(self, position: list[Any]) -> None:
+    def position(self, position: States) -> None:
         self._stream = position
 
     @contextmanager
@@ -62,49 +88,96 @@ class Randomness:
             A function `advance()`. If it was called, the next run continues the stream where this
             one ended; if not, the next run repeats the draws of this one.
         """
-        before = self._states()
-        self._set(self._stream)
         advanced = False
 
         def advance() -> None:
             nonlocal advanced
             advanced = True
 
-        try:
+        with self._in_place(self._stream) if self._is_alone else self._beside() as states:
             yield advance
             if advanced:
-                self._stream = self._states()
+                self._stream = states()
+
+    def expect_as_seen(self) -> None:
+        """Expect draws from now on only if there were some, in runs that are like all others."""
+        if self._draws is not None:
+            self._draws_are_expected = self._is_seeded or self._draws.seen
+
+    def restore(self) -> None:
+        """Take back all draws since this was made.
+
+        Those of Python and NumPy are included, because loaders draw from them too. Where other
+        threads have drawn meanwhile, the global states cannot be restored.
+        """
+        if self._generator is not None and self._generator_before is not None:
+            self._generator.set_state(self._generator_before)
+        if self._others_draw:
+            return
+        states, (python, legacy) = self._before
+        self._set(states)
+        random.setstate(python)
+        if legacy is not None:
+            sys.modules["numpy"].random.set_state(legacy)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the global states may be set."""
+        return _thread._count() == 0
+
+    @contextmanager
+    def _in_place(self, stream: States) -> Iterator[Callable[[], States]]:
+        """Put a stream in the place of the global states; yields a function that reads it."""
+        before = self._states()
+        try:
+            self._set(stream)
+            yield self._states
         finally:
             self._set(before)
 
     @contextmanager
-    def unchanged_on_failure(self, generator: torch.Generator | None) -> Iterator[None]:
-        """If the context raises, restore the global random states, and that of `generator`.
-
-        Those of Python and NumPy are included, because loaders draw from them too.
-        """
-        before = self._states()
-        python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        legacy = None if numpy is None else numpy.random.get_state()
-        state = None if generator is None else generator.get_state()
+    def _beside(self) -> Iterator[Callable[[], States]]:
+        """Draw from the stream, where draws are expected; yields a function that reads it."""
+        if self._draws is None:
+            self._draws = Draws(self._generators(), self._in_place)
+        draws, is_used = self._draws, self._draws_are_expected
+        draws.set_states(self._stream)
+        before = self._states(), _others()
         try:
-            yield
-        except BaseException:
-            self._set(before)
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(legacy)
-            if generator is not None and state is not None:
-                generator.set_state(state)
-            raise
+            if is_used:
+                _push_mode(draws)
+            yield draws.states
+        finally:
+            if is_used:
+                _pop_mode()
+            if not _same(before, (self._states(), _others())):
+                self._others_draw = True
 
-    def _states(self) -> list[Any]:
-        """The global random states: the CPU's, then one for each accelerator."""
+    def _generators(self) -> list[torch.Generator]:
+        devices = [torch.device("cpu"), *(device for _, device in self._accelerators)]
+        return [torch.Generator(device) for device in devices]
+
+    def _states(self) -> States:
+        """The global random states."""
         others = [module.get_rng_state(device) for module, device in self._accelerators]
         return [torch.get_rng_state(), *others]
 
-    def _set(self, states: list[Any]) -> None:
+    def _set(self, states: Sequence[Tensor]) -> None:
         torch.set_rng_state(states[0])
         for (module, device), state in zip(self._accelerators, states[1:], strict=True):
             module.set_rng_state(state, device)
+
+
+def _others() -> tuple[Any, Any]:
+    """The global random states of Python and, if it is imported, of NumPy."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    found = one == other
+    return bool(found if isinstance(found, bool) else found.all())

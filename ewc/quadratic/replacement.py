@@ -6,7 +6,6 @@ at once, which is seldom meant. It is told apart from what else replaces paramet
 old ones. They are compared only when an object has been replaced, not in every step.
 """
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ewc._checks import listed_names
 from ewc._scalars import read
-from ewc.errors import ReplacedParameterWarning
+from ewc.errors import ReplacedParameterWarning, warn
 from ewc.model.live import LiveParameters
 from ewc.processes.layout import local, same_layout
 from ewc.quadratic.binding import Binding, Precision
@@ -41,11 +40,11 @@ def rebound(old: Binding | None, model: nn.Module, state: State, precision: Prec
     """
     with torch.inference_mode(False), torch.no_grad():
         new = Binding(model, state, precision)
-    warn_of_replaced(old, new, stacklevel=4)
+    warn_of_replaced(old, new)
     return new
 
 
-def warn_of_replaced(old: Binding | None, new: Binding, *, stacklevel: int = 3) -> None:
+def warn_of_replaced(old: Binding | None, new: Binding) -> None:
     """Warn of parameters that have replaced others of the same name, with other values.
 
     The state of `new` records the names.
@@ -57,12 +56,11 @@ def warn_of_replaced(old: Binding | None, new: Binding, *, stacklevel: int = 3) 
         return
     names = [n for n in replaced_names(old.live, new.live) if n not in new.state.warned_replaced]
     if names:
-        warnings.warn(
+        warn(
             "A new parameter under the name of a protected one is pulled towards the old values; "
             f"found that {listed_names(names)} have been replaced by parameters with other values. "
             f"Fix: if they are new, release them: forget({listed_names(names)}).",
             ReplacedParameterWarning,
-            stacklevel=stacklevel,
         )
         warned = new.state.warned_replaced.union(names)
         new.state = replace(new.state, warned_replaced=warned)

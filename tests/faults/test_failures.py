@@ -363,34 +363,34 @@ def test_row_17c_a_failure_after_the_pass_takes_back_what_was_drawn(kind, own):
 
 
 def test_row_17d_interrupted_while_the_model_is_prepared(kind, monkeypatch):
-    """No context manager holds the guard yet when it puts itself up."""
     model, ewc = make(kind)
     model[2].eval()
     model[2].weight.grad = torch.ones_like(model[2].weight)
     model[0].weight.register_hook(lambda gradient: gradient)
-    prepare = Guard._prepare
+    prepare = Guard.prepare
 
-    def interrupted(self, modules):
-        prepare(self, modules)
+    def interrupted(self):
+        prepare(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Guard, "_prepare", interrupted)
+    monkeypatch.setattr(Guard, "prepare", interrupted)
     with unchanged(ewc, model), pytest.raises(KeyboardInterrupt):
         ewc.consolidate(make_task())
 
 
-def test_row_17e_interrupted_while_the_model_is_put_back(kind, monkeypatch):
+@pytest.mark.parametrize("method", ["restore", "leave"])
+def test_row_17e_interrupted_while_the_model_is_put_back(kind, monkeypatch, method):
     model, ewc = make(kind)
     model[2].weight.grad = torch.ones_like(model[2].weight)
-    restore, calls = Guard.restore, []
+    restore, calls = getattr(Guard, method), []
 
     def interrupted(self):
         calls.append(self)
-        restore(self)
         if len(calls) == last:
             raise KeyboardInterrupt
+        restore(self)
 
-    monkeypatch.setattr(Guard, "restore", interrupted)
+    monkeypatch.setattr(Guard, method, interrupted)
     last = 0
     ewc.consolidate(make_task())
     last = len(calls)  # the one at the very end

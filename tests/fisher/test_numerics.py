@@ -43,5 +43,5 @@ def test_methods_are_compared_in_full_precision(observed: Observed, caller: str)
         assert seen["matmul precision"] == "highest"
         if HAS_SETTINGS:
             products = ("cuda.matmul", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
-            assert {seen[product] for product in products} == {"ieee"}
+            assert {seen[product] for product in products} <= {"none", "ieee"}
     assert last == observed[caller, False]["after"][0]  # the caller's precision

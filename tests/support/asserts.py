@@ -1,6 +1,9 @@
 """Properties that tests assert again and again."""
 
+import gc
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ewc import EWC, _vmap
 from ewc.processes.layout import local
@@ -140,12 +144,47 @@ def _process() -> dict[str, Any]:
         ],
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
-        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast": (
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+        ),
         "precision of products": precision.settings(),
         "cuDNN": torch.backends.cudnn.enabled,
-        "level of vmap": _vmap.level(),
+        "transforms": _vmap.depth(),
         "function modes": list(_get_current_function_mode_stack()),
+        "dispatch modes": list(_get_current_dispatch_mode_stack()),
+        "dispatch keys": [
+            str(torch._C._dispatch_tls_local_include_set()),
+            str(torch._C._dispatch_tls_local_exclude_set()),
+        ],
+        "nesting of autocast": _autocasts(),
+        "hooks on saved tensors": _hooks_on_saved_tensors(),
+        "stance of the compiler": _stance(),
+        "filters of warnings": (id(warnings.filters), list(warnings.filters)),
+        "garbage collection": gc.isenabled(),
     }
+
+
+def _autocasts() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _hooks_on_saved_tensors() -> bool:
+    """Whether there are any: they would change what autograd saves."""
+    node = torch.ones((), requires_grad=True).exp().grad_fn
+    assert node is not None
+    try:
+        node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    except RuntimeError:  # it has some
+        return True
+    return False
+
+
+def _stance() -> Any:
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    return "default" if compiler is None else compiler._stance.stance
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -12,40 +12,18 @@ The replacements act in the threads that are inside `replaced`; other threads ge
 """
 
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch.autograd.function
 import torch.utils.checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
-_threads: dict[object, int] = {}
-"""The thread of each context that is entered."""
-
-_lock = threading.Lock()
-
-
-@contextmanager
-def replaced() -> Iterator[None]:
-    """A context in which the replacements act in this thread."""
-    key = object()
-    try:
-        with _lock:
-            if not _threads:
-                _install()
-            _threads[key] = threading.get_ident()
-        yield
-    finally:
-        with _lock:
-            _threads.pop(key, None)
-            if not _threads:
-                _remove()
+from ewc.fisher.switches import Switch
 
 
 def _acts() -> bool:
-    return threading.get_ident() in _threads.values()
+    return replaced.holds > 0
 
 
 class _OldStyle:
@@ -107,3 +85,7 @@ def _checkpointing() -> list[Any]:
     """The modules that hold the generator by name."""
     names = ("torch.utils.checkpoint", "torch.distributed._composable.checkpoint_activation")
     return [sys.modules[name] for name in names if name in sys.modules]
+
+
+replaced = Switch(lambda: None, _install, lambda _: _remove())
+"""The replacements act in threads inside this context."""

@@ -1,7 +1,6 @@
 """All samples of a batch in one forward and one reverse pass, by rules and per-sample copies."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ewc._options import Method
+from ewc._restoring import restoring
 from ewc.data.batch import Batch
+from ewc.fisher.hiding import without_vmap_warnings
 from ewc.fisher.paths.assembly import Assembly
 from ewc.fisher.paths.graph import correct_batch_norms, leaves
 from ewc.fisher.paths.meeting import PerSampleMode
@@ -162,12 +163,10 @@ class Vectorised:
             finally:
                 self.reads = self.reads or mode.calls.read
 
-        with warnings.catch_warnings():
-            # Where vmap runs an operation in a loop, the result is the same: no warning is needed.
-            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-            found: Tensor = torch.func.vmap(
-                run_one, in_dims=tuple(batch.dims), randomness="different"
-            )(*batch.tensors)
+        run = torch.func.vmap(run_one, in_dims=tuple(batch.dims), randomness="different")
+        with without_vmap_warnings:
+            # An error of the clean-up after Ctrl-C must not look like something vmap cannot do.
+            found: Tensor = restoring(lambda: run(*batch.tensors))
         # Every sample was a batch of one: `[N, ..., 1, ...]`.
         if dim is None:
             return found.squeeze(2).t()

@@ -86,12 +86,12 @@ def originals() -> tuple[object, ...]:
 
 def test_the_replacements_end_with_the_last_context() -> None:
     before = originals()
-    with replaced():
-        with replaced():
+    with replaced:
+        with replaced:
             pass
         assert originals() != before
     assert originals() == before
-    with pytest.raises(KeyboardInterrupt), replaced():
+    with pytest.raises(KeyboardInterrupt), replaced:
         raise KeyboardInterrupt
     assert originals() == before
 
@@ -107,7 +107,7 @@ def recomputations() -> int:
 
 def test_another_thread_has_the_originals() -> None:
     found = []
-    with replaced():
+    with replaced:
         thread = threading.Thread(target=lambda: found.append(recomputations()))
         thread.start()
         thread.join()
