@@ -8,12 +8,14 @@ Most go on as they are, inside `vmap`. The others:
 """
 
 from collections.abc import Callable
+from contextlib import suppress
+from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ewc import _vmap
 from ewc.fisher.paths import branches
@@ -159,12 +161,26 @@ class Calls:
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Perform a call that `vmap` has refused."""
+        numbers, named = tree_map_only(Tensor, self._number, (args, kwargs))
+        if any(map(is_not, tree_leaves((numbers, named)), tree_leaves((args, kwargs)))):
+            with suppress(RuntimeError, TypeError):
+                return func(*numbers, **named)
         if func is not torch.Tensor.view:
             return self._per_sample(func, args, kwargs)
         # What is contiguous for one sample need not be so with all samples in front.
-        outputs = args[0].reshape(*args[1:], **kwargs)
+        outputs = args[0].reshape(*numbers[1:], **named)
         self._separate(_vmap.inner(args[0], 0), _vmap.inner(outputs, 0))
         return outputs
+
+    def _number(self, tensor: Tensor) -> Any:
+        """A whole number that all samples share, such as a size, which PyTorch would read."""
+        values = _vmap.physical(tensor, self._level)
+        if values is None or values.dim() != 1 or values.is_floating_point():
+            return tensor
+        if values.dtype is torch.bool or bool((values != values[0]).any()):
+            return tensor
+        self.read = True
+        return int(values[0])
 
     def _per_sample(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

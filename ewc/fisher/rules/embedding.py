@@ -67,7 +67,7 @@ def getitem(input: Tensor, index: Any) -> Tensor:
     numbers = torch.arange(math.prod(sizes), device=input.device).view(sizes)[indices]
     rows = input.flatten(before, before + len(indices) - 1)
     read = rows.index_select(before, numbers.flatten())
-    return torch.unflatten(read, before, numbers.shape)
+    return torch.unflatten(read, before, numbers.shape) if numbers.dim() else read.squeeze(before)
 
 
 @decomposition(F.embedding_bag)

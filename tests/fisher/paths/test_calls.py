@@ -41,6 +41,13 @@ def view(net: Net, x: Tensor) -> Tensor:
     return net.last(moved[:, :5] + moved[:, 5:10])
 
 
+def sizes_in_tensors(net: Net, x: Tensor) -> Tensor:
+    """Sizes computed from values, equal for all samples."""
+    h = net.first(x) * net.vector
+    five = (x[0] > -100).sum() + 1
+    return net.last(h.view(five, -1).t().reshape(len(x), five) + x.new_zeros(five))
+
+
 def view_of_an_einsum(net: Net, x: Tensor) -> Tensor:
     h = torch.einsum("ni,ji->jn", x, net.first.weight).t() + net.first.bias
     return net.last(h.view(len(x), -1) + net.vector)
@@ -57,7 +64,15 @@ def attention(net: Net, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("fisher_type", TYPES)
 @pytest.mark.parametrize(
     "run",
-    [attention, leaves, asks_for_a_graph, straight_through, view, view_of_an_einsum],
+    [
+        attention,
+        sizes_in_tensors,
+        leaves,
+        asks_for_a_graph,
+        straight_through,
+        view,
+        view_of_an_einsum,
+    ],
     ids=lambda run: run.__name__,
 )
 def test_goes_by_rule(run: Run, fisher_type: str) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fisher.paths.models import Net, Run, methods
-from tests.support.fisher import TYPES, double, holds, sequences
+from tests.support.fisher import TYPES, data, double, holds, sequences
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ewc.SlowPathWarning"),
@@ -265,3 +265,25 @@ def aliased(net: Net, x: Tensor) -> Tensor:
 
 def test_a_write_into_a_copied_view_is_the_loop() -> None:
     assert methods(aliased) <= {"loop", "rule"}
+
+
+class Stacked(nn.Module):
+    """The layers of all experts lie in one parameter; which a sample takes is its own choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.read = nn.Linear(4, 2), nn.Linear(4, 3)
+        self.experts = nn.Parameter(torch.zeros(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, chosen = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for number in (F.one_hot(chosen, 2).sum(0) > 0).nonzero()[:, 0]:
+            rows, _ = torch.where(chosen[:, None] == number)
+            out.index_add_(0, rows, F.linear(x[rows], self.experts[number]) * scores[rows, None])
+        return self.read(out)
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+def test_experts_that_lie_in_one_parameter(fisher_type: str) -> None:
+    assert set(holds(double(Stacked), data(4), fisher_type).values()) == {"rule"}
