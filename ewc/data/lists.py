@@ -84,8 +84,9 @@ class Lists:
             return False
         if path in self._known.decided:
             return self._known.decided[path]
-        is_list = isinstance(value, list) and path != INPUTS
-        if not _are_mappings(value) and not (is_list and _are_alike(value)):
+        if _are_mappings(value):
+            return True
+        if isinstance(value, tuple) or path == INPUTS or not _are_alike(value):
             return False
         self._known.guessed.add(path)
         return True

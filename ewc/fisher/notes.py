@@ -59,7 +59,7 @@ def explaining(
     except Exception as error:
         samples = vars(error).pop(_SAMPLES, None)
         found = textwrap.shorten(batch.description, 300, placeholder=" ...")
-        if isinstance(error, InvalidBatch):
+        if type(error) is InvalidBatch:  # a subclass of the user's own stays what it is
             text = None
             hint = ""
             if run_whole is not None and samples is not None and samples < batch.size <= _WHOLE:

@@ -17,9 +17,9 @@ def read_masks(
 ) -> list[Tensor]:
     """The masks among the extras of a batch.
 
-    Each boolean tensor of the positions' shape is a mask. Ids, lengths and task labels (integers,
-    1-D if tensors), strings and other objects without tensors are ignored. Anything else may be
-    meant to change the likelihood.
+    Each boolean tensor of the positions' shape is a mask. Ids, lengths and task labels (1-D
+    integers), strings and other objects without tensors are ignored, and so is what all samples
+    share (numbers, tensors of no dimension). Anything else may be meant to change the likelihood.
 
     Args:
         extras: What follows the targets.
@@ -31,11 +31,11 @@ def read_masks(
     """
     masks, wrong = [], []
     for index, extra in enumerate(extras, start=1):
-        if isinstance(extra, Tensor) and extra.dtype == torch.bool:
+        if isinstance(extra, Tensor) and extra.dtype == torch.bool and extra.dim() > 0:
             if list(extra.shape) in map(list, shapes()):
                 masks.append(extra)
                 continue
-        elif _is_ignored(extra):
+        elif is_scalar(extra) or _is_ignored(extra):
             continue
         wrong.append(f"{describe(extra)} as rest[{index}]")
     if wrong:
@@ -65,12 +65,10 @@ def restrict(weights: Tensor | None, mask: Tensor) -> Tensor:
 
 
 def _is_ignored(extra: Any) -> bool:
-    """Whether a value cannot be meant to change the likelihood of a sample."""
+    """Whether a value, or an entry of a list, cannot be a mask or the weight of a sample."""
     if isinstance(extra, Tensor):
-        is_integer = not (
-            extra.is_floating_point() or extra.is_complex() or extra.dtype == torch.bool
-        )
-        return is_integer and extra.dim() <= 1
+        is_real = extra.is_floating_point() or extra.is_complex() or extra.dtype == torch.bool
+        return extra.dim() == 0 or (extra.dim() == 1 and not is_real)
     items = children(extra)
     if items is not None:
         return all(map(_is_ignored, items))

@@ -114,6 +114,16 @@ def test_of_a_backward() -> None:
     assert "batch 0" in found
 
 
+def test_of_a_subclass_of_our_error() -> None:
+    class Mine(InvalidBatch):
+        pass
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        raise Mine("of the user")
+
+    assert "cut to 2 samples" in note(Mine, make_model(), make_task(), forward=forward)
+
+
 def test_once_for_an_error_that_comes_only_once() -> None:
     calls = iter(range(100))
     task = make_task(batches=6)

@@ -101,7 +101,11 @@ IGNORED = [
     torch.arange(N),
     torch.arange(N).to(torch.uint8),
     torch.tensor(3),
+    torch.tensor(0.5),
+    torch.tensor(True),
     3,
+    0.5,
+    True,
     None,
     "task",
     ["key"] * N,
@@ -126,11 +130,8 @@ REFUSED = [
     torch.ones(N, CLASSES).int(),
     torch.ones(N, 1).bool(),
     torch.ones(N, 7).bool(),
-    torch.tensor(0.5),
-    torch.tensor(True),
-    0.5,
-    True,
     [0.5] * N,
+    [True] * N,
     {"weight": torch.rand(N)},
 ]
 
@@ -153,8 +154,10 @@ def test_what_may_change_the_likelihood_is_refused(
 
 def test_all_that_is_wrong_is_named_at_once() -> None:
     x, y = inputs(N), torch.randn(N, CLASSES).double()
-    with pytest.raises(InvalidBatch, match=r"float32 as rest\[1\], 0.5 as rest\[3\]"):
-        fisher(Regression(), (x, y, torch.rand(N), torch.arange(N), 0.5))
+    with pytest.raises(
+        InvalidBatch, match=r"float32 as rest\[1\], Tensor\[5, 1\] int64 as rest\[3\]"
+    ):
+        fisher(Regression(), (x, y, torch.rand(N), torch.arange(N), torch.ones(N, 1).long()))
 
 
 @pytest.mark.parametrize("extra", [torch.rand(N), torch.rand(N, 2, 1), torch.ones(N, 2, 4).bool()])
