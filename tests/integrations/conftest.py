@@ -1,9 +1,13 @@
-"""Some libraries leave a process group behind, which other tests would find."""
+"""What some of these libraries need, and what some leave behind."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.support.torchvision import import_torchvision
+
+import_torchvision()  # before a library looks for it
 
 
 @pytest.fixture(autouse=True)

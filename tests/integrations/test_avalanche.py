@@ -1,7 +1,5 @@
 """The recipe for Avalanche."""
 
-import importlib.util
-import re
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -15,28 +13,6 @@ from torch.utils.data import DataLoader
 from ewc import EWC, Classification, ZeroFisherWarning
 from tests.integrations.recipes import Contract, recipe
 
-
-def import_torchvision() -> None:
-    """Import it also where its operators were compiled for another build of torch.
-
-    Avalanche needs torchvision's data sets and models, and nothing here needs its operators; but
-    without them (a build of torch for the CPU alone) its import fails.
-    """
-    while True:
-        try:
-            import torchvision  # noqa: F401
-        except RuntimeError as error:
-            missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
-            if missing is None:
-                raise
-            torch.library.define(missing[1], "() -> ()")
-        else:
-            return
-
-
-if importlib.util.find_spec("avalanche") is None:
-    pytest.skip("avalanche is not installed", allow_module_level=True)
-import_torchvision()
 avalanche = pytest.importorskip("avalanche")
 pytestmark = pytest.mark.filterwarnings("ignore:No loggers specified")
 
