@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
-SCRIPTS = ["collection", "penalty", "memory", "growth"]
+SCRIPTS = ["collection", "penalty", "memory", "growth", "parameters"]
 
 
 @pytest.fixture(autouse=True)
