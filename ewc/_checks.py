@@ -51,7 +51,24 @@ def number(name: str, value: object, *, low: float = 0.0, high: float = math.inf
     return found
 
 
-def as_float(value: Real) -> float:
+def positive(name: str, value: object) -> float:
+    """`value` as a float, if it is a finite real number greater than 0.
+
+    Raises:
+        TypeError: `value` is not a plain real number.
+        ValueError: `value` is not finite, or not greater than 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} must be a finite number > 0; found {value!r} ({type(value).__name__})."
+        )
+    found = as_float(value)
+    if not math.isfinite(found) or found <= 0:
+        raise ValueError(f"{name} must be a finite number > 0; found {value!r}.")
+    return found
+
+
+def as_float(value: Real | int) -> float:
     """The nearest float; infinity for an integer that is too large for a float."""
     try:
         return float(value)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ewc._checks import choice, positive_int
+from ewc._checks import as_float, choice, positive, positive_int
 from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
 from ewc._summary import Summary, measure
@@ -69,6 +69,7 @@ class Task:
         likelihood: The likelihood, which supports the Fisher type.
         forward: `forward(model, batch) -> outputs`, or None.
         dataset_size: The number of samples of the task, or None.
+        weight: What its Fisher is multiplied by.
         generator: Source of the draws of `fisher_type="mc"`, or None for the global one.
     """
 
@@ -76,6 +77,7 @@ class Task:
     likelihood: Likelihood
     forward: Forward | None
     dataset_size: int | None
+    weight: float
     generator: torch.Generator | None
 
     @classmethod
@@ -85,6 +87,7 @@ class Task:
         likelihood: Likelihood,
         forward: Forward | None,
         dataset_size: int | None,
+        weight: float,
         generator: torch.Generator | None,
         *,
         fisher_type: FisherType,
@@ -109,7 +112,8 @@ class Task:
             raise TypeError(
                 f"generator must be a torch.Generator; found {type(generator).__name__}."
             )
-        return cls(batches, likelihood, forward, dataset_size, generator)
+        weight = positive("weight", weight)
+        return cls(batches, likelihood, forward, dataset_size, weight, generator)
 
     def agree(
         self,
@@ -132,6 +136,7 @@ class Task:
                 **{key: one for key, one in options.items() if not isinstance(one, dict)},
                 "max_samples": settings.max_samples,
                 "dataset_size": self.dataset_size,
+                "weight": self.weight,
             }
         )
 
@@ -173,12 +178,14 @@ class Task:
             ranks=ranks,
         )
         with torch.no_grad():
-            weight = 1 if settings.reduction == "mean" else self._n_samples(squares, ranks)
+            size = 1 if settings.reduction == "mean" else self._n_samples(squares, ranks)
+            divisor = squares.samples / (as_float(size) * self.weight)
             fisher = {
-                name: plain_tensor(each.div_(squares.samples / weight)).contiguous()
+                name: plain_tensor(each.div_(divisor)).contiguous()
                 for name, each in squares.sums.items()
             }
-            return Estimate(fisher, _zero_names(fisher, ranks), squares, settings.reduction)
+            zero = _zero_names(fisher, ranks)
+            return Estimate(fisher, zero, squares, settings.reduction, self.weight)
 
     def _n_samples(self, squares: Squares, ranks: Ranks) -> int:
         """The number of samples of the task, of which a pass may have seen only some."""
@@ -208,12 +215,14 @@ class Estimate:
         zero: The names of the parameters whose Fisher is zero in every entry, on every process.
         squares: How the engine computed it.
         reduction: Whether it is the mean or the sum over samples.
+        weight: What it was multiplied by.
     """
 
     fisher: dict[str, Tensor]
     zero: list[str]
     squares: Squares
     reduction: Reduction
+    weight: float
 
     def merged_into(
         self,
@@ -251,6 +260,7 @@ class Estimate:
                 parameters=measure(binding.precisions),
                 paths=dict(self.squares.paths),
                 reasons=dict(self.squares.reasons),
+                weight=self.weight,
             )
         return binding, summary
 

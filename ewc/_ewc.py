@@ -155,11 +155,12 @@ class EWC(Copied):
                 other values has replaced, such as the weight of a new head.
         """
         if not self._state.quadratics:
-            return zero([*self._trainable().values()] or [*self._model.parameters()], self._origin)
+            thetas = trainable(self._model, self._chosen) or named_parameters(self._model)
+            return zero([*thetas.values()], self._origin)
         if torch.compiler.is_compiling():
             return traced_penalty(self._model, self._state, self._merging.precision, self._strength)
         if self._binding is None or not self._binding.is_current(self._state):
-            self._check_fit()
+            check_fit(self._model, self._state, self._chosen or ())
             precision = self._merging.precision
             self._binding = rebound(self._binding, self._model, self._state, precision)
             self._state = self._binding.state
@@ -172,6 +173,7 @@ class EWC(Copied):
         likelihood: Likelihood | None = None,
         forward: Forward | None = None,
         dataset_size: int | None = None,
+        weight: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Summary:
         """Protect the model's present parameters as the solution of one more task.
@@ -190,6 +192,7 @@ class EWC(Copied):
             forward: For this task only.
             dataset_size: N of `reduction="sum"`, which alone reads it. By default the samples
                 seen, or `len(batches.dataset)` if `max_samples` has ended the pass early.
+            weight: How much this task counts: its Fisher is multiplied by it. Finite and `> 0`.
             generator: Source of the draws of `fisher_type="mc"`. By default the global one.
 
         Returns:
@@ -217,10 +220,11 @@ class EWC(Copied):
                     self._likelihood if likelihood is None else likelihood,
                     self._forward if forward is None else forward,
                     dataset_size,
+                    weight,
                     generator,
                     fisher_type=self._settings.fisher_type,
                 )
-                self._check_fit()
+                check_fit(self._model, self._state, self._chosen or ())
                 parameters = collectable(self._model, self._chosen)
                 options = {"strength": self._strength, "n_tasks": self.n_tasks}
                 task.agree(ranks, parameters, self._settings, {**self._configuration(), **options})
@@ -267,12 +271,12 @@ class EWC(Copied):
         Raises:
             ValueError: A protected parameter is gone or has changed its shape.
         """
-        self._check_fit()
+        check_fit(self._model, self._state, self._chosen or ())
         with torch.inference_mode(False), torch.no_grad():
             return dump(
                 self._state,
                 model=self._model,
-                trainable=self._trainable(),
+                trainable=trainable(self._model, self._chosen),
                 configuration=self._configuration(),
                 full=full,
             )
@@ -301,7 +305,7 @@ class EWC(Copied):
             restored = restore(
                 state,
                 model=self._model,
-                trainable=self._trainable(),
+                trainable=trainable(self._model, self._chosen),
                 configuration=self._configuration(),
                 ranks=ranks,
             )
@@ -324,9 +328,3 @@ class EWC(Copied):
             "reduction": self._settings.reduction,
             **self._merging.configuration(),
         }
-
-    def _check_fit(self) -> None:
-        check_fit(self._model, self._state, self._chosen or ())
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        return trainable(self._model, self._chosen)

@@ -22,7 +22,7 @@ from ewc.model.names import find, named_parameters, with_nearest
 from ewc.processes.layout import with_layout_of
 from ewc.quadratic.merging import Merging
 from ewc.quadratic.quadratic import Quadratic
-from ewc.quadratic.values import is_foreign, plain_name, plain_tensor, shown
+from ewc.quadratic.values import is_foreign, plain_name, plain_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -162,11 +162,11 @@ class DecayedMerging(Merging):
 
 def _checked_priors(priors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     problems = []
-    unknown = []
+    unknown: list[object] = []
     for name, prior in priors.items():
         parameter = find(model, name) if isinstance(name, str) else None
         if parameter is None:
-            unknown.append(plain_name(name) if isinstance(name, str) else shown(name))
+            unknown.append(name)
         elif not isinstance(prior, Tensor):
             problems.append(f"{name!r} has a {type(prior).__name__} for a tensor")
         elif prior.is_nested or prior.layout is not torch.strided or is_foreign(prior):

@@ -64,6 +64,7 @@ class Summary:
             `"rule"` (in closed form), `"vmap"` (from per-sample gradients), `"loop"` (one sample at
             a time), or `"unused"` (no gradient reached the parameter).
         reasons: Why parameters were computed by `"loop"`, by canonical name.
+        weight: What the Fisher of this consolidation was multiplied by.
 
     Example:
         >>> summary = EWC(model, Classification()).consolidate(tasks[0])
@@ -80,6 +81,7 @@ class Summary:
     parameters: Mapping[str, Curvature]
     paths: Mapping[str, Method]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    weight: float = 1.0
 
     @property
     def trace(self) -> float:
@@ -104,8 +106,9 @@ class Summary:
         return 2.0 / self.largest if self.largest > 0 else float("inf")
 
     def __repr__(self) -> str:
+        weight = "" if self.weight == 1 else f"weight {self.weight:.4g}, "
         head = (
-            f"Task {self.n_tasks}: {self.samples} samples, trace {self.trace:.4g}, "
+            f"Task {self.n_tasks}: {self.samples} samples, {weight}trace {self.trace:.4g}, "
             f"largest entry {self.largest:.4g}"
         )
         stable = f"  stable steps: lr * strength < {self.bound:.4g}"

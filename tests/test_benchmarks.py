@@ -226,6 +226,10 @@ class TestCommands:
         printed = self.run(growth, capsys)
         assert [head for head in heads(printed) if head not in on_page("growth")] == []
 
+    def test_parameters(self, capsys: pytest.CaptureFixture[str]) -> None:
+        printed = self.run(importlib.import_module("parameters"), capsys)
+        assert first_cells(printed) == first_cells(on_page("parameters"))
+
     def test_gpu_is_rehearsed(
         self,
         harness: ModuleType,

@@ -28,6 +28,7 @@ class Experts(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(tensors // 2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Outputs of the shape of `x`."""
         total = torch.zeros_like(x)
         for layer in self.layers:
             total = total + layer(x)
@@ -44,8 +45,11 @@ def report(arguments: argparse.Namespace) -> str:
     timings = interleave(calls, arguments.rounds)
     names = list(dict.fromkeys(name for name, _ in calls))
     rows = [
-        [name, *(number(1e3 * timings.median((name, size))) for size in sizes)]
-        + [number(timings.ratio((name, sizes[-1]), (name, sizes[0])))]
+        [
+            name,
+            *(number(1e3 * timings.median((name, size))) for size in sizes),
+            number(timings.ratio((name, sizes[-1]), (name, sizes[0]))),
+        ]
         for name in names
     ]
     head = ["ms, for so many tensors", *(f"{size:,}" for size in sizes), "last / first"]

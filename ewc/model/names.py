@@ -131,10 +131,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"nearest: {', '.join(map(repr, close))}" if close else "there are none"
 
 
-def with_nearest(names: Sequence[str], known: Collection[str]) -> str:
+def with_nearest(names: Sequence[object], known: Collection[str]) -> str:
     """The first few of some unknown `names`, each with the most similar of the `known` ones."""
-    shown = [f"{name!r} ({nearest(name, known)})" for name in names[:MOST]]
-    return listed([*shown, *names[MOST:]], "; ")
+    shown = [f"{name!r} ({nearest(str(name), known)})" for name in names[:MOST]]
+    return listed([*shown, *map(str, names[MOST:])], "; ")
 
 
 def _similarity(one: set[tuple[str, str]], other: set[tuple[str, str]]) -> float:

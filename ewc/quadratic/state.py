@@ -98,7 +98,7 @@ def check_finite(quadratics: Mapping[str, Quadratic], reduction: str) -> None:
     if overflowed:
         raise ValueError(
             "The Fisher must be finite; found that it overflows for "
-            f"{listed_names(overflowed)}. Fix: check the scale of the likelihood"
+            f"{listed_names(overflowed)}. Fix: check the scale of the likelihood, and weight"
             + ("." if reduction == "mean" else ', or use reduction="mean".')
         )
     refuse_non_finite({name: q.anchor for name, q in quadratics.items()})

@@ -53,6 +53,9 @@ def test_row_01_prior(wrong):
         ({"0.bias": torch.ones(7, dtype=torch.cfloat)}, ["complex64"]),
         ({"0.bias": torch.ones(7, dtype=torch.bool)}, ["torch.bool"]),
         ({3: torch.ones(7)}, ["no parameter is named 3"]),
+        ({"0.bias": torch.ones(7, device="meta")}, ["'0.bias'", "on the meta device"]),
+        ({"0.bias": torch.ones(7).to_sparse()}, ["'0.bias' has a tensor that is not dense"]),
+        ({"0.bias": torch.zeros(()).expand(10**13)}, ["shape (10000000000000,)"]),
         ({"0.bias": 1.0, "x": torch.ones(7)}, ["'0.bias' has a float", "named 'x'"]),
     ],
 )
@@ -65,6 +68,14 @@ def test_row_01_prior_by_name(wrong, parts):
 def test_row_01_variance(kind, wrong):
     with raises((TypeError, ValueError), "variance must be finite and > 0"):
         kind(make_model(), Regression(variance=wrong))
+
+
+@pytest.mark.parametrize("wrong", [0, 0.0, *NUMBERS, 10**400, torch.tensor(1.0)], ids=repr)
+def test_row_01_weight(kind, wrong):
+    model, ewc = make(kind)
+    rule = ("weight must be a finite number > 0; found ",)
+    with unchanged(ewc, model), raises((TypeError, ValueError), *rule):
+        ewc.consolidate(make_task(1), weight=wrong)
 
 
 @pytest.mark.parametrize(
