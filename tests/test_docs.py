@@ -21,6 +21,7 @@ import ewc
 import ewc.fisher
 import ewc.likelihoods
 from tests.support.pages import blocks, run
+from tests.support.versions import needs_sharding
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -40,7 +41,13 @@ HYPNETTORCH = [
 ]
 
 
-@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[needs_sharding] * (page.stem == "distributed"))
+        for page in WITH_CODE
+    ],
+)
 def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(page)

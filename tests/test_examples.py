@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.support.versions import needs_sharding
+
 for library in ("sklearn", "matplotlib", "tqdm"):
     pytest.importorskip(library)
 
@@ -205,6 +207,7 @@ class TestGallery:
             assert curve[-1, -1] > 0.5
         example.draw(results, 2 * example.EVERY, picture)
 
+    @needs_sharding
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it is, for `resume`
     def test_sharded_on_a_single_process(self, tmp_path: Path) -> None:
         example = load("sharded")

@@ -219,7 +219,7 @@ def test_row_41b_the_slow_path_is_said_once(kind):
 
 
 @SLOW
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.")  # its category depends on the version
 @pytest.mark.parametrize("how", ["module", "in place", "scripted", "all scripted"])
 def test_row_41c_compiled_and_scripted_parts(kind, how):
     model = make_model()

@@ -71,7 +71,7 @@ def test_inputs_that_require_a_gradient(fisher_type: str) -> None:
     assert x.grad is None
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.")
 @pytest.mark.parametrize("fisher_type", TYPES)
 def test_a_parameter_that_goes_by_loop_before_others(fisher_type: str) -> None:
     net = layers()

@@ -96,7 +96,7 @@ NORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.")
 @pytest.mark.parametrize("name", NORMS)
 def test_norms_before_tokens(name: str) -> None:
     make, size = NORMS[name]
