@@ -10,6 +10,7 @@ for loader in tasks:
     ewc.consolidate(loader)                                # once after each task
 """
 
+from ewc._diagonal_fisher import diagonal_fisher
 from ewc._ewc import EWC
 from ewc._online import OnlineEWC
 from ewc._options import FisherType, Method, Reduction
@@ -56,4 +57,5 @@ __all__ = [
     "ZeroFisherWarning",
     "__version__",
     "context_mod_forward",
+    "diagonal_fisher",
 ]
