@@ -3,12 +3,12 @@
 `[x, y]` may be two inputs, each with one row for each of N samples, or, if N is 2, what belongs to
 the first sample and what belongs to the second. Only the numbers tell them apart:
 
-- A list or tuple of N entries, beside tensors of N samples, whose own tensors do not all have N
-  rows holds one entry per sample: detection targets, ragged samples.
+- A list or tuple of N entries of one kind, beside tensors of N samples, whose own tensors do not
+  all have N rows holds one entry per sample: detection targets, ragged samples.
 - If the tensors in it do have N rows each, both may be meant. Earlier batches, of other sizes,
-  decide. Else a list or tuple of mappings, and a list of alike entries after the inputs, hold one
-  entry per sample; the model's inputs, and a tuple, hold what all samples have one row of.
-- Of any other length, it holds what all samples have one row of.
+  decide. Else a list or tuple of mappings, and a list after the inputs, hold one entry per sample;
+  the model's inputs, and a tuple, hold what all samples have one row of.
+- Of any other length, or with entries of several kinds, it holds what all samples have one row of.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,7 +72,8 @@ class Lists:
 
         Also if it should have, but has too many or too few, so that the error names it as a whole.
         """
-        if self._samples is None or hasattr(value, "_fields"):  # a NamedTuple is a record
+        # The entries of records differ: of NamedTuples, of several inputs of a model.
+        if self._samples is None or hasattr(value, "_fields") or not _are_alike(value):
             return False
         fits = len(value) == self._samples
         sizes = set(self._sizes(value))
@@ -86,7 +87,7 @@ class Lists:
             return self._known.decided[path]
         if _are_mappings(value):
             return True
-        if isinstance(value, tuple) or path == INPUTS or not _are_alike(value):
+        if isinstance(value, tuple) or path == INPUTS or None in map(_kind, value):
             return False
         self._known.guessed.add(path)
         return True
@@ -144,6 +145,15 @@ def _are_mappings(items: Sequence[Any]) -> bool:
 
 
 def _are_alike(items: Sequence[Any]) -> bool:
-    """Whether all entries are of one type; tensors also of one dtype and number of dimensions."""
-    kinds = {(i.dtype, i.dim()) if isinstance(i, Tensor) else type(i) for i in items}
-    return len(kinds) == 1
+    """Whether the entries are of one kind, but for None where a sample has nothing."""
+    return len({_kind(item) for item in items} - {None}) == 1
+
+
+def _kind(item: Any) -> Any:
+    """Mapping, list, a tensor's dtype and number of dimensions, or another type; None for None."""
+    if item is None:
+        return None
+    if isinstance(item, Tensor):
+        return item.dtype, item.dim()
+    kinds = [kind for kind in (Mapping, (list, tuple)) if isinstance(item, kind)]
+    return kinds[0] if kinds else type(item)

@@ -14,7 +14,8 @@ class ObjectsRead(Exception):  # noqa: N818 - a condition, not an error: as Stop
 
     def __init__(self) -> None:
         super().__init__(
-            "the model, forward or likelihood reads lists of objects, which vmap cannot split"
+            "the model, forward or likelihood reads lists of objects, which vmap cannot split as "
+            "it does tensors (padded, with their lengths or a mask)"
         )
 
 

@@ -170,6 +170,7 @@ class Reader:
         """What belongs to one sample, or a list of such, with its tensors on the device."""
         _refuse_packed(value, path)
         if isinstance(value, Tensor):
+            _refuse_sparse(value, path)
             return _moved(value, self._device)
         items = children(value)
         if items is None or not holds_tensors(value):
@@ -177,12 +178,7 @@ class Reader:
         return rebuild(value, [self._entry(item, f"{path}[...]") for item in items])
 
     def _read_tensor(self, tensor: Tensor, path: str) -> Any:
-        if tensor.is_nested or tensor.layout is not torch.strided:
-            kind = "nested" if tensor.is_nested else str(tensor.layout)
-            raise InvalidBatch(
-                f"the tensors of a batch must be dense; found one that is {kind} at {path}. "
-                "Fix: pass a dense tensor (padded, with its lengths), and convert it in forward."
-            )
+        _refuse_sparse(tensor, path)
         if tensor.dim() > 1 and self._batch_dim >= tensor.dim():
             raise InvalidBatch(
                 "tensors of two dimensions or more must have the dimension of the samples, the "
@@ -212,6 +208,15 @@ def _refuse_packed(value: Any, path: str) -> None:
             "        padded, targets, lengths = batch\n"
             "        return model(pack_padded_sequence(padded, lengths.cpu(), "
             "enforce_sorted=False))"
+        )
+
+
+def _refuse_sparse(tensor: Tensor, path: str) -> None:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise InvalidBatch(
+            f"the tensors of a batch must be dense; found one that is {kind} at {path}. "
+            "Fix: pass a dense tensor (padded, with its lengths), and convert it in forward."
         )
 
 

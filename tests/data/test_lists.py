@@ -81,6 +81,13 @@ class TestOneEntryPerSample:
     def test_inputs(self, entries: Any) -> None:
         assert same(read((entries, torch.arange(3))).take(1, 2).raw[0], type(entries)([entries[1]]))
 
+    @pytest.mark.parametrize("n", [2, 3])
+    def test_beside_other_inputs(self, n: int) -> None:
+        targets = boxes(*range(1, n + 1))
+        (inputs, found), _ = read(((x(n), targets), torch.arange(n))).take(1, 2).raw
+        assert inputs.shape == (1, 3)
+        assert same(found, targets[1:2])
+
     def test_along_another_dimension(self) -> None:
         raw = (torch.zeros(7, 3, 2), [torch.ones(7, n) for n in (2, 3, 3)])
         assert same(read(raw, batch_dim=1).take(0, 1).raw[1], raw[1][:1])
@@ -198,6 +205,15 @@ class TestErrors:
         if raising:
             ewc = EWC(model, Custom(nll))
             ewc.consolidate((x, tuple(targets)) for x, targets in [[x(2), [y, y]]])
+
+    def test_inputs_of_different_kinds_are_no_list_of_samples(self) -> None:
+        for state in (torch.zeros(1, 2, 8), torch.zeros(1, 3).long()):
+            with pytest.raises(InvalidBatch, match=r"batch\[0\]\[1\]: 1 in Tensor\[1, "):
+                read(((x(2), state), torch.arange(2)))
+
+    def test_entries_are_dense(self) -> None:
+        with pytest.raises(InvalidBatch, match=r"must be dense; found .* at batch\[1\]"):
+            read((x(2), [torch.eye(3).to_sparse(), torch.eye(2).to_sparse()]))
 
     def test_the_ways_out_work(self) -> None:
         ids = torch.arange(3)
