@@ -13,6 +13,9 @@ from ewc.fisher.switches import all_holds
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _functorch = torch._C._functorch
+# PyTorch itself lists them only on newer versions.
+_KINDS = ("cpu", "cuda", "mtia", "maia", "xpu", "ipu", "hpu", "xla", "privateuseone", "mps")
+_AUTOCASTS = tuple(filter(torch.amp.is_autocast_available, _KINDS))
 
 
 def undisturbed(
@@ -56,7 +59,7 @@ class Environment:
         self._hooks = None if _top_hooks is None else _top_hooks(True)
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in torch._C._autocast_supported_devices()
+            for kind in _AUTOCASTS
         ]
         self._caches_casts = torch.is_autocast_cache_enabled()
         self._n_autocasts = _n_autocasts()

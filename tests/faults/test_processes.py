@@ -1,16 +1,22 @@
-"""Row 46a: one of several processes that works for itself. The other rows are in tests/distributed.
+"""Rows 46a and 46d: one of several processes that works for itself, and a PyTorch that is too old.
+
+The other rows are in tests/distributed.
 
 No second process is needed: the world is one that only pretends to have more ranks.
 """
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.torch_version import TorchVersion
 
 from ewc import Classification
 from tests import oracle
-from tests.support.asserts import assert_close
-from tests.support.tasks import make_model, make_task
+from tests.support.asserts import assert_close, raises
+from tests.support.tasks import make, make_model, make_task
 
 
 @pytest.fixture
@@ -27,3 +33,22 @@ def test_row_46a_a_group_of_one_rank_opts_out(kind):
     ewc = kind(model, Classification(), process_group=group)
     ewc.consolidate(make_task())
     assert_close(ewc.fisher, oracle.fisher(model, make_task()))
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not")  # PyTorch 2.6
+@pytest.mark.usefixtures("world")
+def test_row_46d_sharded_parameters_on_an_old_pytorch(kind, monkeypatch):
+    """In every way that parameters are sharded: tests/processes/test_layout.py."""
+    model, ewc = make(kind)
+    state = ewc.state_dict()
+    weight, mesh = model[0].weight.detach(), init_device_mesh("cpu", (2,))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    model[0].weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    for call in (
+        lambda: kind(model, Classification()),
+        ewc,
+        lambda: ewc.consolidate(make_task()),
+        lambda: ewc.load_state_dict(state),
+    ):
+        with raises(RuntimeError, "PyTorch must be 2.12 or later", "found a DTensor", "2.11.0"):
+            call()
