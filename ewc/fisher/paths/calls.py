@@ -163,7 +163,8 @@ class Calls:
         """Perform a call that `vmap` has refused."""
         numbers, named = tree_map_only(Tensor, self._number, (args, kwargs))
         if any(map(is_not, tree_leaves((numbers, named)), tree_leaves((args, kwargs)))):
-            with suppress(RuntimeError, TypeError):
+            # A number has no methods of Tensor, such as the one that formats it.
+            with suppress(RuntimeError, TypeError, AttributeError):
                 return func(*numbers, **named)
         if func is not torch.Tensor.view:
             return self._per_sample(func, args, kwargs)

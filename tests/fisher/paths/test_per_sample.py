@@ -284,6 +284,30 @@ class Stacked(nn.Module):
         return self.read(out)
 
 
+class Named(nn.Module):
+    """Experts by name, which is written with a number that is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.read = nn.Linear(4, 2), nn.Linear(4, 3)
+        self.experts = nn.ModuleDict({f"expert_{number}": nn.Linear(4, 4) for number in range(2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, chosen = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for number in (F.one_hot(chosen, 2).sum(0) > 0).nonzero():
+            rows, _ = torch.where(chosen[:, None] == number)
+            expert = self.experts[f"expert_{number[0]}"]
+            out.index_add_(0, rows, expert(x[rows]) * scores[rows, None])
+        return self.read(out)
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+def test_experts_by_name(fisher_type: str) -> None:
+    paths = holds(double(Named), data(4), fisher_type)
+    assert set(paths.values()) - {"unused"} == {"rule"}  # one is not chosen
+
+
 @pytest.mark.parametrize("fisher_type", TYPES)
 def test_experts_that_lie_in_one_parameter(fisher_type: str) -> None:
     assert set(holds(double(Stacked), data(4), fisher_type).values()) == {"rule"}
