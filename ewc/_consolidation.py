@@ -18,6 +18,7 @@ from ewc._summary import Summary, measure
 from ewc.data.calling import Forward, check_forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning, warn
 from ewc.fisher import Squares, collect
+from ewc.fisher.fixes import fix
 from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
 from ewc.model.randomness import Randomness
@@ -299,11 +300,13 @@ class Estimate:
         names: dict[str, list[str]] = {}
         for name, reason in self.squares.reasons.items():
             names.setdefault(reason, []).append(repr(name))
-        found = "; ".join(f"{', '.join(some)}, because {reason}" for reason, some in names.items())
+        found = [
+            f"{', '.join(some)}, because {reason}. Fix: {fix(reason)}."
+            for reason, some in names.items()
+        ]
         return (
             "The samples of this task were run one at a time, which gives the same Fisher and "
-            f"takes longer, for {found}. To avoid it, make the forward run under torch.func.vmap, "
-            "or add a rule for the operation (ewc.fisher.rule)."
+            f"takes longer, for {' Also for '.join(found)}"
         )
 
 

@@ -49,6 +49,7 @@ class Accumulator:
         self._methods = methods
         self._used: Mapping[str, Method] = {} if isinstance(methods, str) else methods.methods
         self._batches = self._single_runs = 0
+        self._latest: int | None = None  # the last batch that was counted
         self._unchecked: list[tuple[Bundle, Tensor]] = []
 
     @property
@@ -80,7 +81,9 @@ class Accumulator:
             with self._runner.explaining(which, bundle.batches[-1], may_run=may_run):
                 raise
         self.samples += bundle.size
-        self._batches += len(bundle)
+        # In lockstep, a bundle is a part of a batch.
+        self._batches += sum(index != self._latest for index in bundle.indices)
+        self._latest = bundle.indices[-1]
         self._unchecked.append((bundle, self._coordination.are_finite(self.sums)))
         # On an accelerator, the verdict is read one bundle later. By then it is computed, and to
         # read it does not hold up the next bundle.

@@ -1,10 +1,12 @@
 """Parameters sharded over processes: `fully_shard`, tensor parallel, and both."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ewc import EWC, Classification, OnlineEWC
+from ewc import EWC, Classification, OnlineEWC, SlowPathWarning
 from ewc.fisher.sharded.model import ShardedModel
 from tests import oracle
 from tests.distributed.models import CLASSES, MODELS, assert_whole, build, data, full, shard, share
@@ -62,6 +64,8 @@ def test_four_equal_one_process(four: Workers) -> None:
 class Checkpointing(nn.Module):
     """Runs a part of the layer that it is itself again in the reverse pass."""
 
+    use_reentrant = False
+
     def __init__(self) -> None:
         super().__init__()
         self.first = checkpoint_wrapper(nn.Sequential(nn.Linear(6, 7), nn.Tanh()))
@@ -69,11 +73,13 @@ class Checkpointing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        found: Tensor = checkpoint(lambda x: self.second(x).tanh(), x, use_reentrant=False)
+        found: Tensor = checkpoint(
+            lambda x: self.second(x).tanh(), x, use_reentrant=self.use_reentrant
+        )
         return found
 
 
-def checkpointed(rank: int, world: int, wrapped: bool) -> None:
+def checkpointed(rank: int, world: int, wrapped: bool, reentrant: bool) -> None:
     torch.manual_seed(0)
     model = Checkpointing()
     batch = data("perceptron", 8)
@@ -81,17 +87,76 @@ def checkpointed(rank: int, world: int, wrapped: bool) -> None:
         name.replace("_checkpoint_wrapped_module.", ""): each
         for name, each in oracle.fisher(model, [batch]).items()
     }
+    model.use_reentrant = reentrant
     if wrapped:
         fully_shard(model.first)
     fully_shard(model)
     ewc = EWC(model, Classification())
-    ewc.consolidate(share(batch, rank, [5, 3]))
+    summary = ewc.consolidate(share(batch, rank, [5, 3]))
+    assert set(summary.paths.values()) == {"rule"}
     assert_whole(ewc.fisher, expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_row_40_checkpoints(two: Workers, wrapped: bool) -> None:
-    two.run(checkpointed, wrapped)
+def test_row_40_checkpoints(two: Workers, wrapped: bool, reentrant: bool) -> None:
+    two.run(checkpointed, wrapped, reentrant)
+
+
+class InNumpy(nn.Module):
+    """Computes what PyTorch does not see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.from_numpy(np.cos(x.detach().numpy()))
+
+
+def one_at_a_time(rank: int, world: int) -> list[str]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 7), InNumpy(), nn.Linear(7, CLASSES))
+    batch = data("perceptron", 8)
+    expected = oracle.fisher(model, [batch])
+    fully_shard(model)
+    ewc = EWC(model, Classification())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SlowPathWarning)
+        ewc.consolidate(share(batch, rank, [5, 3]))
+    assert_whole(ewc.fisher, expected)
+    return [str(each.message) for each in caught if each.category is SlowPathWarning]
+
+
+def test_row_41b_the_loop_is_said(two: Workers) -> None:
+    for texts in two.run(one_at_a_time):
+        (text,) = texts
+        assert "one at a time" in text
+
+
+class Selects(nn.Module):
+    """The sizes of what it computes with depend on values; not for the first samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 7), nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        chosen = torch.where(x[:, :3].sum(1) > x.new_tensor(0.5))[0]
+        return self.last(h).index_add(0, chosen, self.last(h[chosen].tanh()))
+
+
+def selecting(rank: int, world: int) -> None:
+    torch.manual_seed(0)
+    model = Selects()
+    inputs, targets = data("perceptron", 8)
+    inputs = inputs.sort(0).values  # those of the first samples are small
+    expected = oracle.fisher(model, [(inputs, targets)])
+    fully_shard(model)
+    ewc = EWC(model, Classification())
+    ewc.consolidate(share((inputs, targets), rank, [5, 3]))
+    assert_whole(ewc.fisher, expected)
+
+
+def test_sizes_that_depend_on_values(two: Workers) -> None:
+    two.run(selecting)
 
 
 def priors(rank: int, world: int, sharded: bool) -> None:

@@ -36,7 +36,9 @@ _LEAF = {
 }
 """What makes a tensor a leaf of the graph, or keeps its gradient: no parameter's depends on it."""
 
-_HANDLED = {*branches.READS, *_LEAF, _DATA, _DIFFERENTIABLE}
+_NUMPY: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}
+
+_HANDLED = {*branches.READS, *_LEAF, *_NUMPY, _DATA, _DIFFERENTIABLE}
 
 
 class Calls:
@@ -86,6 +88,8 @@ class Calls:
         tensor, *others = args
         if func in _LEAF:
             return tensor
+        if func in _NUMPY:
+            raise RuntimeError("the model leaves PyTorch by numpy()")
         if func == _DATA:
             return tensor.detach()
         if func == _DIFFERENTIABLE:
@@ -167,6 +171,7 @@ class Calls:
             with suppress(RuntimeError, TypeError, AttributeError):
                 return func(*numbers, **named)
         if func is not torch.Tensor.view:
+            self.read = True  # the sizes of its outputs may depend on values
             return self._per_sample(func, args, kwargs)
         # What is contiguous for one sample need not be so with all samples in front.
         outputs = args[0].reshape(*numbers[1:], **named)
