@@ -96,6 +96,7 @@ def collect(
     if randomness is None:
         randomness = Randomness(parameter.device for parameter in parameters.values())
     refuse_batch_statistics(model)
+    own = parameters  # sharded, if the model is: the sums are sharded as these are
     with ExitStack() as stack:
         sharded: ShardedModel | None = None
         if has_sharded_parameters(model):
@@ -110,7 +111,7 @@ def collect(
 
         def run() -> Squares:
             guard.prepare()
-            sums = {name: _zeros(each) for name, each in parameters.items()}
+            sums = {name: _zeros(each) for name, each in own.items()}
             if fisher_type == "mc":
                 randomness.seed_from(generator, ranks.data_rank)
             runner = Runner(
