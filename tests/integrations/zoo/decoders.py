@@ -72,8 +72,6 @@ def checkpointed(entry: Entry, *, reentrant: bool = False) -> Entry:
     return entry.changed(change)
 
 
-MASK: dict[str, Any] = {"slow": {"": "loop"}, "reason": "shapes that depend on values"}
-
 GROUPS: dict[str, Any] = {
     "slow": {
         f"model.layers.{layer}.mlp.experts.{name}": "vmap"
@@ -120,7 +118,7 @@ ENTRIES: dict[str, Entry] = {
     "SmolLM3": decoder("SmolLM3", GROUPED),
     "BioGPT": decoder("BioGpt", TEXT),
     "CTRL": decoder("CTRL", {**TEXT, "dff": 24}),
-    "Mixtral, eager": decoder("Mixtral", EXPERTS, "eager", **MASK),
+    "Mixtral, eager": decoder("Mixtral", EXPERTS, "eager"),
     "Mixtral, batched": decoder("Mixtral", EXPERTS, "batched_mm"),
     # The product of groups has no float64.
     "Mixtral, grouped": decoder(

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from tests.integrations.zoo.data import CLASSES, LENGTH, WORDS, classes, labelled_texts, texts
-from tests.integrations.zoo.decoders import MASK, TEXT, checkpointed
+from tests.integrations.zoo.decoders import TEXT, checkpointed
 from tests.integrations.zoo.entry import Entry
 from tests.integrations.zoo.task import CLASS, TOKENS
 
@@ -80,7 +80,7 @@ ENTRIES: dict[str, Entry] = {
         "MobileBert", {**NARROW, "intra_bottleneck_size": 8, "true_hidden_size": 8}
     ),
     "FNet": classifier("FNet", PAIR),
-    "Longformer": classifier("Longformer", {**PAIR, "attention_window": 4}, 8, **MASK),
+    "Longformer": classifier("Longformer", {**PAIR, "attention_window": 4}, 8),
     "BigBird": classifier("BigBird", {**PAIR, "attention_type": "original_full"}),
     "Funnel": classifier("Funnel", {**XL, "block_sizes": [1, 1], "d_head": 8}),
     "XLNet": classifier("XLNet", {**XL, "n_layer": 2}),

@@ -21,7 +21,12 @@ BART = {
     "decoder_start_token_id": 2,
 }
 T5 = {"vocab_size": WORDS, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-SPARSE = {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+SPARSE = {
+    "num_decoder_layers": 1,
+    "num_experts": 2,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+}
 NLLB = {"num_experts": 2, "encoder_sparse_step": 1, "decoder_sparse_step": 1}
 POSITIONS = {"max_source_positions": 6, "max_target_positions": 16}
 GLOBAL = {"encoder_attention_type": "transient-global", "global_block_size": 2}
