@@ -19,6 +19,7 @@ from ewc.fisher.coordination import Coordination, Independent
 from ewc.fisher.environment import undisturbed
 from ewc.fisher.hiding import without_compilation
 from ewc.fisher.mixing import refuse_batch_statistics
+from ewc.fisher.numerics import full_precision
 from ewc.fisher.runner import Runner
 from ewc.fisher.sharded.lockstep import LockStep
 from ewc.fisher.sharded.model import ShardedModel
@@ -26,6 +27,7 @@ from ewc.fisher.verification import verify
 from ewc.likelihoods import Likelihood
 from ewc.model.guard import Guard
 from ewc.model.randomness import Randomness
+from ewc.model.reachable import reachable_modules
 from ewc.processes.layout import has_sharded_parameters
 from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 
@@ -102,7 +104,8 @@ def collect(
         if has_sharded_parameters(model):
             sharded = stack.enter_context(ShardedModel(model, parameters, ranks))
             parameters = sharded.parameters
-        guard = Guard(model)
+        others = reachable_modules(model, forward, likelihood)
+        guard = Guard(model, others)
 
         def restore() -> None:
             guard.restore()
@@ -123,6 +126,7 @@ def collect(
                 randomness,
                 restore,
                 frozenset() if sharded is None else sharded.placeholder_names,
+                others,
             )
             coordination: Coordination = (
                 Independent() if sharded is None else LockStep(sharded, ranks, runner)
@@ -130,14 +134,18 @@ def collect(
             quota = None if max_samples is None else ranks.quota(max_samples)
             reading = Reading(batches, quota, runner.read, restore)
             with torch.enable_grad(), without_compilation:
-                found = _run(runner, coordination, reading, sums)
+                found = _run(runner, coordination, reading, sums, guard)
             return _combined(ranks, found, truncated=reading.truncated)
 
         return undisturbed(run, always=[guard.leave])
 
 
 def _run(
-    runner: Runner, coordination: Coordination, reading: Reading, sums: dict[str, Tensor]
+    runner: Runner,
+    coordination: Coordination,
+    reading: Reading,
+    sums: dict[str, Tensor],
+    guard: Guard,
 ) -> Accumulator:
     """Verify the methods on the first samples, then run all batches."""
     batches = iter(reading)
@@ -148,6 +156,10 @@ def _run(
         return Accumulator(runner, coordination, sums, "there are no samples")
     which, may_run = f"batch {reading.index}", not coordination.is_lockstep
     with runner.explaining(which, first or verified_on, may_run=may_run):
+        if not coordination.is_lockstep:
+            one = verified_on.take(0, 1)
+            with runner.randomness.stream(), full_precision():
+                guard.empty_caches(lambda: runner.outputs(one.raw))
         methods = verify(runner, coordination, verified_on, sums)
     coordination.end_verification()
     runner.randomness.expect_as_seen()

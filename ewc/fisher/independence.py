@@ -5,11 +5,13 @@ its own. A contrastive loss, weights taken from the classes of a batch, or a bas
 mean compare samples: alone, a sample has another loss, or none.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ewc._refusals import unless_refused
 from ewc.data.batch import Batch
 from ewc.data.structures import children, is_scalar, rebuild
 from ewc.fisher.mixing import samples_dim
@@ -49,12 +51,10 @@ def refuse_comparing(runner: Runner, batch: Batch, both: Any, first: Any) -> Non
     if is_own and likelihood.takes_batches:
         return
     threes = _Threes(runner, batch, both, first)
-    try:
-        is_comparing = any(threes.compare(draw) for draw in range(threes.draws))
-    except Exception:  # it takes single samples only; the loop has just run it on these
-        return
-    if is_comparing:
-        raise ValueError(_message(runner))
+    for draw in range(threes.draws):
+        # The loop has just run the likelihood on single samples; it may take nothing else.
+        if unless_refused(partial(threes.compare, draw)):
+            raise ValueError(_message(runner))
 
 
 class _Threes:

@@ -5,7 +5,7 @@ depends on the others in its batch, in eval mode too, has no per-sample gradient
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ewc._autocast import without_autocast
+from ewc._refusals import unless_refused
 from ewc.data.batch import Batch
 from ewc.data.structures import children, rebuild
 from ewc.fisher.numerics import is_half_precision
@@ -38,7 +39,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            raise ValueError(_message(name, module, "it has no running statistics"))
+            raise ValueError(_message(_subject(name, module), "it has no running statistics"))
 
 
 class Runs:
@@ -92,23 +93,23 @@ def refuse_mixing(runner: Runner, runs: Runs, batch: Batch) -> None:
     agree = partial(_agree, tolerance=tolerance)
     if agree(*runs.found) or runs.read:
         return  # a branch that depends on values is no module that mixes
-    both, first, second = (
+    both, first, second = [
         _record(runner, runs, part) for part in (batch, batch.take(0, 1), batch.take(1, 2))
-    )
-    again, twice_first, twice_second = (
+    ]
+    again, twice_first, twice_second = [
         _record(runner, runs, part) for part in (batch, batch.pick([0, 0]), batch.pick([1, 1]))
-    )
+    ]
     ends = [each.position for each in (again, twice_first, twice_second)]
     if not (_equal(both.outputs, again.outputs) and all(_equal(both.position, e) for e in ends)):
         return  # random numbers that are not repeated, or not as many for other samples
     for row, (twice, alone) in enumerate(((twice_first, first), (twice_second, second))):
         rows_agree = partial(_rows_agree, row=row, tolerance=tolerance)
         if not rows_agree(both.outputs, twice.outputs, alone.outputs):
-            _refuse(runner.model, _culprit((both, twice, alone), rows_agree))
+            _refuse(runner, _culprit((both, twice, alone), rows_agree))
     draws = not _equal(both.position, runner.randomness.position)
     is_rounding = None if draws else _agree_in_float64(runner, batch)
     if not draws and not is_rounding:
-        _refuse(runner.model, _culprit((both, first, second), agree), is_sure=is_rounding is False)
+        _refuse(runner, _culprit((both, first, second), agree), is_sure=is_rounding is False)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Record:
 
     Attributes:
         outputs: The tensors in the outputs of the model.
-        modules: The name of each module that ran, and the tensors in its inputs and outputs.
+        modules: What names each module that ran, and the tensors in its inputs and outputs.
         position: Where the random stream stood at its end.
     """
 
@@ -130,12 +131,11 @@ def _record(runner: Runner, runs: Runs, part: Batch) -> _Record:
     """Run the model from where the random stream stands, and set the stream back."""
     modules: list[tuple[str, list[Tensor], list[Tensor]]] = []
 
-    def recorder(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _, args, output: modules.append((name, _tensors(args), _tensors(output)))
+    def recorder(subject: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, args, output: modules.append((subject, _tensors(args), _tensors(output)))
 
     hooks = [
-        module.register_forward_hook(recorder(name))
-        for name, module in runner.model.named_modules()
+        module.register_forward_hook(recorder(subject)) for subject, module in _subjects(runner)
     ]
     try:
         _, position = runner.repeatably(lambda: runs(part.raw, part.size))
@@ -145,32 +145,48 @@ def _record(runner: Runner, runs: Runs, part: Batch) -> _Record:
     return _Record(runs.found[-1], modules, position)
 
 
-def _culprit(records: Sequence[_Record], agree: Callable[..., bool]) -> str:
-    """The name of the first module whose inputs agree, and its outputs do not; "" for the model."""
+def _subjects(runner: Runner) -> Iterator[tuple[str, nn.Module]]:
+    """All modules that a run may use, and how a message names each."""
+    for name, module in runner.model.named_modules():
+        yield _subject(name, module), module
+    for outer in runner.others:
+        for name, module in outer.named_modules():
+            kind = f"{type(module).__name__}, {name!r}" if name else type(module).__name__
+            yield f"a module outside the model ({kind})", module
+
+
+def _subject(name: str, module: nn.Module) -> str:
+    return f"{f'module {name!r}' if name else 'the model'} ({type(module).__name__})"
+
+
+def _culprit(records: Sequence[_Record], agree: Callable[..., bool]) -> str | None:
+    """What names the first module whose inputs agree, and its outputs do not."""
     for runs in zip(*(record.modules for record in records), strict=False):
-        names, inputs, outputs = zip(*runs, strict=True)
+        subjects, inputs, outputs = zip(*runs, strict=True)
         if agree(*inputs) and not agree(*outputs):
-            return str(names[0])
-    return ""
+            return str(subjects[0])
+    return None
 
 
 def _agree_in_float64(runner: Runner, batch: Batch) -> bool | None:
     """Whether, in float64, the outputs do not depend on the batch; None if it does not run."""
     if has_sharded_parameters(runner.model) or runner.hooked:
         return None
-    found = []
-    try:
+
+    def run() -> bool:
+        found = []
         wide = replace(runner, model=copy.deepcopy(runner.model).double())
         for part in (batch, batch.take(0, 1), batch.take(1, 2)):
             with runner.randomness.stream(), without_autocast({runner.device.type}), _WideMode():
                 outputs, _ = wide.outputs(_in_float64(part.raw), part.size)
             found.append(_tensors(outputs))
-    except Exception:  # it cannot be copied, or not all of it is in float64
-        return None
+        both, first, second = found
+        return _agree(both, first, second, tolerance=1e-3)
+
+    try:
+        return unless_refused(run)
     finally:
         runner.restore()
-    both, first, second = found
-    return _agree(both, first, second, tolerance=1e-3)
 
 
 def _in_float64(raw: Any) -> Any:
@@ -274,18 +290,18 @@ def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
     return torch.allclose(one, other, rtol=0, atol=tolerance * scale + 1e-12, equal_nan=True)
 
 
-def _refuse(model: nn.Module, name: str, *, is_sure: bool = True) -> NoReturn:
+def _refuse(runner: Runner, subject: str | None, *, is_sure: bool = True) -> NoReturn:
+    subject = subject or _subject("", runner.model)
     raise ValueError(
-        _message(name, model.get_submodule(name), _OTHER_OUTPUT)
+        _message(subject, _OTHER_OUTPUT)
         if is_sure
-        else _message(name, model.get_submodule(name), _UNCLEAR, verb="seems to mix")
+        else _message(subject, _UNCLEAR, verb="seems to mix")
     )
 
 
-def _message(name: str, module: nn.Module, found: str, verb: str = "mixes") -> str:
-    subject = f"module {name!r}" if name else "the model"
+def _message(subject: str, found: str, verb: str = "mixes") -> str:
     return (
         f"A model must treat the samples of a batch independently in eval mode; {subject} "
-        f"({type(module).__name__}) {verb} them: {found}. Fix: use running statistics "
-        "(track_running_stats=True), or a norm over each sample (GroupNorm, LayerNorm)."
+        f"{verb} them: {found}. Fix: use running statistics (track_running_stats=True), or a norm "
+        "over each sample (GroupNorm, LayerNorm)."
     )

@@ -1,6 +1,6 @@
 """Runs the model of one collection by each of the methods; restores it after each run."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -41,6 +41,7 @@ class Runner:
         restore: Undoes what a run has changed in the model.
         hooked: The names of the parameters whose gradients the loop squares in hooks, so that it
             does not hold them all: the placeholders of a sharded model.
+        others: Modules outside the model that its runs may use.
         known: What the batches have shown about the lists in them.
     """
 
@@ -52,6 +53,7 @@ class Runner:
     randomness: Randomness
     restore: Callable[[], None]
     hooked: Set[str] = frozenset()
+    others: Sequence[nn.Module] = ()
     known: Known = field(default_factory=Known)
 
     @property

@@ -1,15 +1,14 @@
 """Verifies the fast methods against the loop, on two samples of the first batch."""
 
 import random
-import re
 import sys
-import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ewc._refusals import described, pattern
 from ewc.data.batch import Batch
 from ewc.data.objects import ObjectsRead
 from ewc.errors import InvalidBatch
@@ -127,18 +126,18 @@ def confirmed(error: Exception, again: Callable[[], object]) -> str:
     """
     if isinstance(error, ObjectsRead):
         return str(error)
-    reason = _described(error)
-    faults = {_pattern(reason): error}  # those that were not raised again
+    reason = described(error)
+    faults = {pattern(reason): error}  # those that were not raised again
     for _ in range(2):
         try:
             again()
         except InvalidBatch:
             raise
         except Exception as other:
-            reason = _described(other)
-            if faults.pop(_pattern(reason), None) is not None:
+            reason = described(other)
+            if faults.pop(pattern(reason), None) is not None:
                 break
-            faults[_pattern(reason)] = other
+            faults[pattern(reason)] = other
         else:
             break
     for fault in faults.values():
@@ -154,14 +153,3 @@ def _random_states(runner: Runner) -> tuple[Any, ...]:
         _, keys, *rest = numpy.random.get_state()
         states += [keys.tobytes(), rest]
     return (random.getstate(), *states)
-
-
-def _described(error: Exception) -> str:
-    """An error in one line."""
-    text = textwrap.shorten(str(error), 200, placeholder=" ...")
-    return f"vmap cannot do it ({type(error).__name__}: {text})"
-
-
-def _pattern(text: str) -> str:
-    """A text without numbers: addresses and versions differ from one run to the next."""
-    return re.sub("0x[0-9a-f]+|[0-9]+", "#", text)

@@ -1,14 +1,15 @@
 """Runs a model in eval mode, and restores whatever the runs change.
 
-Restored are train and eval flags, buffers, parameters, attributes, gradients and gradient hooks.
+Restored are train and eval flags, buffers, parameters, attributes with the dicts, lists and sets in
+them, gradients and gradient hooks.
 """
 
-from operator import is_
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from ewc.model.attributes import Attributes
 from ewc.processes.layout import local
 
 
@@ -20,12 +21,16 @@ class Guard:
 
     Args:
         model: The model. A module that is added meanwhile is removed again.
+        others: Other modules that the code of a collection may run, guarded in the same way.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = list(model.modules())
-        self._namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        parameters = list(model.parameters())
+    def __init__(self, model: nn.Module, others: Iterable[nn.Module] = ()) -> None:
+        modules = [module for outer in (model, *others) for module in outer.modules()]
+        self._modules = list(dict.fromkeys(modules))
+        self._attributes: Attributes | None = None
+        parameters = list(
+            dict.fromkeys(each for module in self._modules for each in module.parameters(False))
+        )
         # A forward pass may write to buffers. It writes to a parameter only in an embedding with
         # `max_norm`, which rescales its rows in place.
         self._snapshots = []
@@ -55,29 +60,25 @@ class Guard:
             # Gradient hooks belong to training: they could change gradients, or step an optimizer.
             if hooks:
                 parameter._backward_hooks = None
-        self._namespaces = [
-            (namespace, dict(namespace))
-            for module in self._modules
-            for namespace in (
-                module.__dict__,
-                module._buffers,
-                module._parameters,
-                module._modules,
-            )
-            if isinstance(namespace, dict)  # not those of a scripted module, which are read-only
-        ]
+        self._attributes = Attributes(self._modules)
+        if self._attributes.tensors:
+            self._snapshots.append(_Snapshot(self._attributes.tensors))
 
     def leave(self) -> None:
         """Restore the model to what it was when this was made; it may be called several times."""
         try:
             self.restore()
+            if self._attributes is not None:
+                self._attributes.restore_originals()
             for snapshot in self._snapshots:
                 snapshot.restore_by_value()
         finally:
             for module, training in self._flags:
                 module.training = training
             for hooks, saved in self._module_hooks:
-                _restore(hooks, saved)
+                if hooks != saved:
+                    hooks.clear()
+                    hooks.update(saved)
             for parameter, requires_grad, gradient, backward_hooks in self._parameters:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
@@ -87,18 +88,18 @@ class Guard:
 
     def restore(self) -> None:
         """Undo what the last run changed, so that every run starts from the same model."""
-        for namespace, saved in self._namespaces:
-            _restore(namespace, saved)
+        if self._attributes is not None:
+            self._attributes.restore()
         for snapshot in self._snapshots:
             snapshot.restore_by_version()
         for parameter, *_ in self._parameters:
             parameter.grad = None
 
-
-def _restore(namespace: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    if namespace.keys() != saved.keys() or not all(map(is_, namespace.values(), saved.values())):
-        namespace.clear()
-        namespace.update(saved)
+    def empty_caches(self, run: Callable[[], object]) -> None:
+        """Empty caches of what is made of parameters: see `Attributes.empty_caches`."""
+        if self._attributes is not None:
+            self._attributes.empty_caches(run)
+        self.restore()
 
 
 class _Snapshot:
@@ -128,6 +129,8 @@ class _Snapshot:
         with torch.no_grad():
             for index, (tensor, value) in enumerate(zip(self._tensors, self._values, strict=True)):
                 if _has_new_version(tensor, self._versions[index]) or _differs(tensor, value):
+                    if not tensor.is_leaf:  # what a run has written to it has a graph
+                        tensor.detach_()
                     tensor.copy_(value)
                     self._versions[index] = tensor._version
 

@@ -1,5 +1,6 @@
 """Rows 18 to 23: what a consolidation must not change, and must not depend on."""
 
+import copy
 import pickle
 from contextlib import nullcontext
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ewc import Classification
+from ewc import Classification, Custom
 from tests import oracle
-from tests.support.asserts import assert_close, unchanged
+from tests.support.asserts import assert_close, raises, unchanged
 from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task, same
 
 
@@ -182,6 +183,127 @@ def test_row_21_buffers_that_a_forward_writes(kind):
     model = Counting()
     consolidated(kind, model)
     assert model.calls == 0
+
+
+class Encoder(nn.Sequential):
+    """Another network, in train mode: its dropout draws, and its norm mixes samples."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__(nn.Linear(INPUTS, INPUTS), nn.Dropout(0.5), nn.BatchNorm1d(INPUTS))
+        nn.init.uniform_(self[2].running_mean)
+
+
+ENCODER = Encoder()
+
+
+def by_name(model, batch):
+    return model(ENCODER(batch[0]))
+
+
+class Student(nn.Module):
+    """Hides its teacher from `modules()`."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.hidden, self.layers = [teacher], make_model()
+
+    def forward(self, x):
+        return self.layers(self.hidden[0](x))
+
+
+@pytest.mark.parametrize("how", ["closure", "name", "likelihood", "hidden"])
+def test_row_21b_another_network(kind, how):
+    other = ENCODER if how == "name" else Encoder()
+    model, forward, likelihood = make_model(), None, Classification()
+    expected_model = nn.Sequential(copy.deepcopy(other).eval(), make_model())
+    expected = oracle.fisher(expected_model, make_task(), ["1.0.weight"])["1.0.weight"]
+    name = "0.weight"
+    if how == "closure":
+        forward = lambda model, batch: model(other(batch[0]))  # noqa: E731
+    elif how == "name":
+        forward = by_name
+    elif how == "hidden":
+        model, name = Student(other), "layers.0.weight"
+    else:
+
+        def nll(outputs, targets):
+            with torch.no_grad():
+                other(torch.ones(len(targets), INPUTS))
+            return oracle.nll(outputs, targets)
+
+        likelihood, expected = Custom(nll), oracle.fisher(model, make_task())[name]
+    ewc = kind(model, likelihood, forward=forward)
+    with unchanged(None, model), unchanged(None, other):
+        summary = ewc.consolidate(make_task())
+    assert set(summary.paths.values()) == {"rule"}
+    assert_close({name: ewc.fisher[name]}, {name: expected})
+    assert other.training
+
+
+def test_row_21b_a_message_about_mixing_names_it(kind):
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0, keepdim=True)
+
+    other = nn.Sequential(nn.Linear(INPUTS, INPUTS), Centred())
+    model = make_model()
+    ewc = kind(model, Classification(), forward=lambda model, batch: model(other(batch[0])))
+    with (
+        unchanged(ewc, model),
+        raises(ValueError, "a module outside the model (Centred, '1') mixes them"),
+    ):
+        ewc.consolidate(make_task())
+
+
+class Keeping(nn.Module):
+    """Keeps what it makes of a parameter, and notes how often it ran."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.bias = make_model(), nn.Parameter(torch.randn(CLASSES))
+        self.cache, self.notes = {}, {"runs": [0, {"shapes": set()}]}
+
+    def forward(self, x):
+        self.notes["runs"][0] += 1
+        self.notes["runs"][1]["shapes"].add(tuple(x.shape))
+        if self.training:
+            return self.layers(x) + self.bias.exp()
+        if x.device not in self.cache:
+            self.cache[x.device] = self.bias.exp()
+        return self.layers(x) + self.cache[x.device]
+
+
+def test_row_21c_containers_in_attributes(kind):
+    model = Keeping()
+    notes = model.notes["runs"]
+    ewc = kind(model, Classification())
+    ewc.consolidate(make_task())
+    assert model.notes["runs"] is notes
+    assert notes == [0, {"shapes": set()}]
+    assert model.cache == {}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_row_21d_a_cache_that_an_evaluation_has_filled(kind, grad):
+    model = Keeping().eval()
+    with torch.set_grad_enabled(grad):
+        outputs = model(make_task()[0][0])
+    if grad:
+        outputs.sum().backward()
+    cached = dict(model.cache)
+    ewc = kind(model, Classification())
+    with unchanged(None, model):
+        ewc.consolidate(make_task())
+    assert list(model.cache.values()) == list(cached.values())
+    plain = Keeping().train()  # in which nothing is kept
+    samples = [(x[n : n + 1], y[n : n + 1]) for x, y in make_task() for n in range(len(y))]
+    total = 0.0
+    for x, y in samples:
+        (gradient,) = torch.autograd.grad(oracle.nll(plain(x), y), plain.bias)
+        total = total + gradient**2 / len(samples)
+    assert_close({"bias": ewc.fisher["bias"]}, {"bias": total})
 
 
 @pytest.mark.parametrize("source", ["global", "generator"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ewc import _vmap
+from ewc import Custom, _vmap
 from ewc.errors import InvalidBatch
 from tests import oracle
 from tests.oracle import nll
@@ -139,7 +139,8 @@ def test_batches_with_other_shared_values_are_run_separately(model: Counting) ->
         out: Tensor = model(batch[0]) * (1 + batch[2])
         return out
 
-    found = collected(model, scaled, forward=forward)
+    likelihood = Custom(lambda outputs, targets, scale: nll(outputs, targets))
+    found = collected(model, scaled, forward=forward, likelihood=likelihood)
     each = [
         oracle.empirical(model, batch[:2], nll, call=lambda m, b, s=batch[2]: forward(m, (*b, s)))
         for batch in scaled
