@@ -6,14 +6,15 @@ merged into the state. `EWC.consolidate` calls them in turn.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ewc._checks import as_float, choice, positive, positive_int
+from ewc._checks import as_float, positive, positive_int
 from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
+from ewc._settings import Settings
 from ewc._summary import Summary, measure
 from ewc.data.calling import Forward, check_forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning, warn
@@ -28,37 +29,6 @@ from ewc.quadratic.binding import Binding
 from ewc.quadratic.merging import Merging
 from ewc.quadratic.state import State, check_finite, refuse_non_finite
 from ewc.quadratic.values import plain_tensor
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of an object for all of its consolidations.
-
-    Attributes:
-        fisher_type: Whose targets the Fisher is taken over.
-        reduction: Whether it is the mean or the sum over samples.
-        max_samples: The most samples per consolidation, or None.
-    """
-
-    fisher_type: FisherType
-    reduction: Reduction
-    max_samples: int | None
-
-    @classmethod
-    def checked(
-        cls, fisher_type: FisherType, reduction: Reduction, max_samples: int | None
-    ) -> "Settings":
-        """The settings, if they are valid.
-
-        Raises:
-            TypeError: `max_samples` is not an integer.
-            ValueError: An option is none of its words, or `max_samples` is less than 1.
-        """
-        return cls(
-            choice("fisher_type", fisher_type, get_args(FisherType)),
-            choice("reduction", reduction, get_args(Reduction)),
-            None if max_samples is None else positive_int("max_samples", max_samples),
-        )
 
 
 @dataclass(frozen=True)

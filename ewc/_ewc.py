@@ -4,17 +4,17 @@ The Fisher is computed in `ewc.fisher`, and merged with that of earlier tasks in
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ewc._checks import number
-from ewc._consolidation import Settings, Task
+from ewc._consolidation import Task
 from ewc._copying import Copied
 from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
+from ewc._settings import Settings
 from ewc._summary import Summary
 from ewc.data.calling import Forward, check_forward
 from ewc.fisher.environment import undisturbed
@@ -29,6 +29,7 @@ from ewc.quadratic.binding import Binding, traced_penalty
 from ewc.quadratic.checkpoint import dump, restore
 from ewc.quadratic.merging import Merging
 from ewc.quadratic.penalty import origin, zero
+from ewc.quadratic.point import checked_point
 from ewc.quadratic.replacement import rebound, warn_of_replaced
 from ewc.quadratic.state import State, check_fit
 
@@ -138,8 +139,13 @@ class EWC(Copied):
         """The minimiser of the penalty, by canonical name; copies, in at least float32."""
         return {name: q.anchor.clone() for name, q in self._state.quadratics_like(self._model)}
 
-    def __call__(self) -> Tensor:
+    def __call__(self, at: Mapping[str, Tensor] | None = None) -> Tensor:
         """The penalty.
+
+        Args:
+            at: Where it is evaluated: tensors of the parameters' shapes by name, such as what a
+                hypernetwork has made, or `base + scale * B @ A` of an adapter. By default, and for
+                names left out, the model's own parameters.
 
         Returns:
             A differentiable scalar on the (first) protected parameter's device, in at least
@@ -147,24 +153,26 @@ class EWC(Copied):
             off inside. If parameters are sharded, all processes must call this.
 
         Raises:
+            TypeError: `at` is no mapping.
             ValueError: A protected parameter is gone or has changed its shape, other than by
-                growing along dimension 0.
+                growing along dimension 0; or a tensor of `at` fits no parameter.
 
         Warns:
             ReplacedParameterWarning: Once for each protected parameter that another object with
                 other values has replaced, such as the weight of a new head.
         """
+        point = {} if at is None else checked_point(at, self._model, self._state.quadratics)
+        precision = self._merging.precision
         if not self._state.quadratics:
             thetas = trainable(self._model, self._chosen) or named_parameters(self._model)
             return zero([*thetas.values()], self._origin)
         if torch.compiler.is_compiling():
-            return traced_penalty(self._model, self._state, self._merging.precision, self._strength)
+            return traced_penalty(self._model, self._state, precision, self._strength, point)
         if self._binding is None or not self._binding.is_current(self._state):
             check_fit(self._model, self._state, self._chosen or ())
-            precision = self._merging.precision
             self._binding = rebound(self._binding, self._model, self._state, precision)
             self._state = self._binding.state
-        return self._binding.penalty(self._strength)
+        return self._binding.penalty(self._strength, point)
 
     def consolidate(
         self,
@@ -185,9 +193,8 @@ class EWC(Copied):
         The result is that of one process with all samples.
 
         Args:
-            batches: Any iterable of batches of the task. A list, a tuple or a `DataLoader` is read
-                ahead, and its small batches are run together, which is faster; those of any
-                other iterable are run as they come.
+            batches: Any iterable of batches of the task. Small batches of a list, a tuple or a
+                `DataLoader` are read ahead and run together, which is faster.
             likelihood: For this task only, for instance with the outputs of its own head.
             forward: For this task only.
             dataset_size: N of `reduction="sum"`, which alone reads it. By default the samples
@@ -254,10 +261,8 @@ class EWC(Copied):
         """
         chosen = self._chosen or ()
         check_released(names, [*self._state.quadratics, *chosen, *named_parameters(self._model)])
-        released = frozenset(names)
-        kept = {name: q for name, q in self._state.quadratics.items() if name not in released}
-        self._chosen = without(self._model, self._chosen, released)
-        self._state = replace(self._state, quadratics=kept)
+        self._chosen = without(self._model, self._chosen, frozenset(names))
+        self._state = self._state.without(names)
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
         """The state for a checkpoint: nested dicts of tensors, which are copies, and plain values.
@@ -315,8 +320,7 @@ class EWC(Copied):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(strength={self.strength:g}, "
-            f"fisher_type={self._settings.fisher_type!r}, "
-            f"reduction={self._settings.reduction!r}, "
+            f"fisher_type={self._settings.fisher_type!r}, reduction={self._settings.reduction!r}, "
             f"n_tasks={self.n_tasks}, parameters={len(self._state.quadratics)})"
         )
 
@@ -324,7 +328,6 @@ class EWC(Copied):
         """The options that give the numbers in a state their meaning."""
         return {
             "kind": self._kind,
-            "fisher_type": self._settings.fisher_type,
-            "reduction": self._settings.reduction,
+            **self._settings.configuration(),
             **self._merging.configuration(),
         }

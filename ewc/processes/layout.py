@@ -76,14 +76,14 @@ def same_layout(tensor: Tensor, other: Tensor) -> bool:
 
 
 def with_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor`, distributed over processes as `other` is.
+    """`tensor`, distributed over processes as `other` is; differentiable.
 
     A collective if `tensor` is sharded in another way. A tensor that is not sharded must be the
     same on all processes: each keeps its part, and nothing is sent.
     """
     if same_layout(tensor, other):
         return tensor
-    tensor = full_tensor(tensor.detach())
+    tensor = full_tensor(tensor)
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate

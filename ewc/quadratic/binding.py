@@ -16,6 +16,7 @@ from ewc.model.names import find
 from ewc.processes.layout import Groups, is_sharded, local, same_layout, shard_groups
 from ewc.processes.reductions import differentiable_sum_over, is_first_rank
 from ewc.quadratic.penalty import Penalty, expression
+from ewc.quadratic.point import Point
 from ewc.quadratic.quadratic import Quadratic, fits, protected_rows
 from ewc.quadratic.state import State
 
@@ -93,9 +94,11 @@ class Binding:
         """Whether this still binds `state` to the model as it is."""
         return self.state is state and self.live.is_current()
 
-    def penalty(self, strength: float) -> Tensor:
-        """The penalty at the parameters' present values."""
+    def penalty(self, strength: float, at: Point) -> Tensor:
+        """The penalty at the parameters' present values, but for those that `at` replaces."""
         thetas: list[Tensor] = [*self.live.parameters]
+        if at:
+            thetas = [at.get(n, theta) for n, theta in zip(self.live.names, thetas, strict=True)]
         for index in self._partial:
             thetas[index] = local(protected_rows(thetas[index], self._anchors[index]))
         return _sum(
@@ -108,14 +111,16 @@ class Binding:
         )
 
 
-def traced_penalty(model: nn.Module, state: State, precision: Precision, strength: float) -> Tensor:
+def traced_penalty(
+    model: nn.Module, state: State, precision: Precision, strength: float, at: Point
+) -> Tensor:
     """The penalty for `torch.compile`: plain code resolves the names, and guards can follow it.
 
     Raises:
         ValueError: A parameter is gone or has changed its shape.
     """
     if torch.compiler.is_compiling() and _any_resharded(model, state):
-        untraced: Tensor = _untraced_penalty(model, state, precision, strength)
+        untraced: Tensor = _untraced_penalty(model, state, precision, strength, at)
         return untraced
     members: dict[Groups, tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]] = {}
     for name, quadratic in state.quadratics.items():
@@ -126,7 +131,7 @@ def traced_penalty(model: nn.Module, state: State, precision: Precision, strengt
                 f"{name!r} is gone or has changed its shape."
             )
         term = members.setdefault(shard_groups(parameter), ([], [], [], []))
-        term[0].append(local(protected_rows(parameter, quadratic.anchor)))
+        term[0].append(local(protected_rows(at.get(name, parameter), quadratic.anchor)))
         term[1].append(local(precision(name, quadratic)))
         term[2].append(local(quadratic.anchor))
         term[3].append(quadratic.constant)
@@ -154,9 +159,9 @@ def _any_resharded(model: nn.Module, state: State) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _untraced_penalty(
-    model: nn.Module, state: State, precision: Precision, strength: float
+    model: nn.Module, state: State, precision: Precision, strength: float, at: Point
 ) -> Tensor:
-    return traced_penalty(model, state, precision, strength)
+    return traced_penalty(model, state, precision, strength, at)
 
 
 def _sum(values: list[Tensor]) -> Tensor:

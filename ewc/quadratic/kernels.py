@@ -43,18 +43,15 @@ class Group(ABC):
 
     Args:
         indices: The positions of these parameters among all thetas.
-        thetas: Tensors with their shapes and dtypes.
         anchors: Their anchors.
     """
 
-    def __init__(self, indices: list[int], thetas: list[Tensor], anchors: list[Tensor]) -> None:
+    def __init__(self, indices: list[int], anchors: list[Tensor]) -> None:
         self._indices = indices
-        self._dtypes = [theta.dtype for theta in thetas]
         self._anchors = anchors
         self._zero = anchors[0].new_zeros(())
         self._largest = torch.finfo(self._zero.dtype).max
         self._has_empty = any(anchor.numel() == 0 for anchor in anchors)
-        self._narrowed = any(dtype is not self._zero.dtype for dtype in self._dtypes)
 
     def evaluate(
         self, thetas: Sequence[Tensor], strength: float, *, with_gradient: bool
@@ -73,11 +70,8 @@ class Group(ABC):
         return squares, gradient if with_gradient else None
 
     def split(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Views of a flat tensor, in the shapes and dtypes of the thetas, by their positions."""
-        parts: Sequence[Tensor] = self._shaped(flat)
-        if self._narrowed:
-            parts = [part.to(dtype) for part, dtype in zip(parts, self._dtypes, strict=True)]
-        return zip(self._indices, parts, strict=True)
+        """Views of a flat tensor, in the shapes of the thetas, by their positions."""
+        return zip(self._indices, self._shaped(flat), strict=True)
 
     def _shaped(self, flat: Tensor) -> tuple[Tensor, ...]:
         views: tuple[Tensor, ...] = _unflatten_dense_tensors(flat, self._anchors)
@@ -97,7 +91,6 @@ class Blocks(Group):
 
     Args:
         indices: As for `Group`.
-        thetas: As for `Group`.
         precisions: The curvature for each theta.
         anchors: As for `Group`.
         block: How many elements are processed at once.
@@ -106,12 +99,11 @@ class Blocks(Group):
     def __init__(
         self,
         indices: list[int],
-        thetas: list[Tensor],
         precisions: list[Tensor],
         anchors: list[Tensor],
         block: int,
     ) -> None:
-        super().__init__(indices, thetas, anchors)
+        super().__init__(indices, anchors)
         self._block = block
         # Views of a single parameter; copies of several small ones.
         self._blocks = list(
@@ -151,7 +143,6 @@ class Lists(Group):
 
     Args:
         indices: As for `Group`.
-        thetas: As for `Group`.
         precisions: The curvature for each theta.
         anchors: As for `Group`.
     """
@@ -159,11 +150,10 @@ class Lists(Group):
     def __init__(
         self,
         indices: list[int],
-        thetas: list[Tensor],
         precisions: list[Tensor],
         anchors: list[Tensor],
     ) -> None:
-        super().__init__(indices, thetas, anchors)
+        super().__init__(indices, anchors)
         self._precisions = precisions
         self._size = sum(anchor.numel() for anchor in anchors)
 
@@ -180,20 +170,18 @@ class Lists(Group):
         return [torch.vdot(distance, flat).real], flat
 
 
-def grouped(
-    thetas: Sequence[Tensor], precisions: Sequence[Tensor], anchors: Sequence[Tensor]
-) -> Iterator[Group]:
+def grouped(precisions: Sequence[Tensor], anchors: Sequence[Tensor]) -> Iterator[Group]:
     """Groups of small and of middle parameters, up to a block each; each other one is a group."""
     open_groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
     open_sizes: dict[tuple[torch.device, torch.dtype, bool], int] = {}
 
     def group(indices: list[int], block: int, *, as_lists: bool) -> Group:
-        theta, precision, anchor = (
-            [tensors[index] for index in indices] for tensors in (thetas, precisions, anchors)
+        precision, anchor = (
+            [tensors[index] for index in indices] for tensors in (precisions, anchors)
         )
         if as_lists:
-            return Lists(indices, theta, precision, anchor)
-        return Blocks(indices, theta, precision, anchor, block)
+            return Lists(indices, precision, anchor)
+        return Blocks(indices, precision, anchor, block)
 
     for index, anchor in enumerate(anchors):
         limits, size = _limits(anchor.device), anchor.numel()

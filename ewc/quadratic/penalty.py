@@ -37,7 +37,7 @@ class Penalty:
         self.anchors = anchors
         self.constant = constant
         self.dtype, self.device = result_dtype(thetas), thetas[0].device
-        self._groups = list(grouped(thetas, precisions, anchors))
+        self._groups = list(grouped(precisions, anchors))
         self._device_types = sorted({theta.device.type for theta in thetas})
 
     def __call__(self, thetas: Sequence[Tensor], strength: float) -> Tensor:

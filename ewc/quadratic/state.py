@@ -1,6 +1,6 @@
 """What consolidations leave behind, and whether a model still fits it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -38,6 +38,11 @@ class State:
             warned_slow=other.warned_slow,
             warned_replaced=other.warned_replaced,
         )
+
+    def without(self, names: Collection[str]) -> "State":
+        """This state, without the quadratics of these names."""
+        kept = {name: each for name, each in self.quadratics.items() if name not in names}
+        return replace(self, quadratics=kept)
 
     def quadratics_like(self, model: nn.Module) -> Iterator[tuple[str, Quadratic]]:
         """The names and quadratics, on the parameters' devices, at least as wide, sharded as they.

@@ -398,6 +398,34 @@ def test_row_45_penalty_of_a_sharded_model_compiles(two: Workers) -> None:
     two.run(compiled)
 
 
+def at_a_point(rank: int, world: int) -> None:
+    """Whole tensors, the same on all processes, and sharded ones."""
+    model, plain = build("perceptron"), build("perceptron")
+    shard(model, "layers")
+    ewc, single = (EWC(each, Classification(), strength=3.0) for each in (model, plain))
+    ewc.consolidate([data("perceptron", 8)])
+    single.load_state_dict(ewc.state_dict(full=True))
+    whole = {n: (1.1 * p).detach().requires_grad_() for n, p in plain.named_parameters()}
+    expected = single(at=whole)
+    gradients = torch.autograd.grad(expected, list(whole.values()))
+    for penalty in (ewc, torch.compile(lambda at: ewc(at=at), backend="aot_eager")):
+        value = penalty(at=whole)
+        torch.testing.assert_close(value, expected)
+        found = torch.autograd.grad(value, list(whole.values()))
+        for one, other in zip(found, gradients, strict=True):
+            torch.testing.assert_close(one, other)
+    sharded = {n: (1.1 * p).detach().requires_grad_() for n, p in model.named_parameters()}
+    value = ewc(at=sharded)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    for one, other in zip(sharded.values(), gradients, strict=True):
+        torch.testing.assert_close(full(one.grad), other)
+
+
+def test_the_penalty_at_a_point(two: Workers) -> None:
+    two.run(at_a_point)
+
+
 def in_the_middle_of_training(rank: int, world: int) -> None:
     """The root stays whole between forward and backward; its sharded parameter counts."""
     model = build("perceptron")

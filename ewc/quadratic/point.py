@@ -1,0 +1,81 @@
+"""The point at which the penalty is evaluated, if it is not the model's own parameters.
+
+A hypernetwork makes the parameters of another model; an adapter adds `scale * B @ A` to weights
+that stay as they are. Both are tensors with a graph of their own, which the penalty continues.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ewc.model.names import find, named_parameters, with_nearest
+from ewc.processes.layout import with_layout_of
+
+Point = Mapping[str, Tensor]
+"""Tensors in the place of the parameters that a state has under these names."""
+
+
+def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Point:
+    """The argument `at` of a penalty, on the devices of the parameters and sharded as they are.
+
+    A tensor that is not sharded, for a parameter that is, must be the same on all processes.
+
+    Args:
+        at: As users write it.
+        model: The unwrapped model.
+        protected: The names of the parameters that have a term in the penalty. Tensors for others
+            change nothing.
+
+    Raises:
+        TypeError: `at` is no mapping, or a value is no tensor.
+        ValueError: A name is not in the model, or a tensor has another shape or dtype than its
+            parameter may have; all problems are listed.
+    """
+    if not isinstance(at, Mapping):
+        raise TypeError(
+            f"at must be a mapping from names of parameters to tensors; found {type(at).__name__}."
+        )
+    found = {}
+    unknown: list[object] = []
+    problems = []
+    for name, value in at.items():
+        parameter = find(model, name) if isinstance(name, str) else None
+        if parameter is None:
+            unknown.append(name)
+        elif not isinstance(value, Tensor):
+            problems.append(f"{name!r} is a {type(value).__name__}")
+        elif value.shape != parameter.shape:
+            problems.append(
+                f"{name!r} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+            )
+        elif not value.is_floating_point() and not (value.is_complex() and parameter.is_complex()):
+            problems.append(f"{name!r} has dtype {value.dtype}, the parameter {parameter.dtype}")
+        else:
+            found[name] = _like(value, parameter)
+    if unknown:
+        problems.append(f"no parameter is named {with_nearest(unknown, named_parameters(model))}")
+    if problems:
+        raise ValueError(
+            "at must have tensors with the names and shapes of the model's parameters; found that "
+            f"{'; '.join(problems)}."
+        )
+    return _by_protected_name(found, model, protected)
+
+
+def _by_protected_name(found: Point, model: nn.Module, protected: Collection[str]) -> Point:
+    """The tensors that count, by the names of the state: a tied parameter has several names."""
+    others = [name for name in found if name not in protected]
+    if not others:
+        return found
+    names = {id(find(model, name)): name for name in protected}
+    pairs = ((names.get(id(find(model, name)), name), value) for name, value in found.items())
+    return {name: value for name, value in pairs if name in protected}
+
+
+def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """`value` on the parameter's device and sharded as it is, differentiable."""
+    value = value.to(parameter.device)
+    if parameter.is_complex():
+        value = value.to(parameter.dtype)
+    return with_layout_of(value, parameter)
