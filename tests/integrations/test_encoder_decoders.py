@@ -78,7 +78,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its own loss
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning",  # of transformers, about its own loss
+    "ignore::ewc.ZeroFisherWarning",  # of poolers, which nothing reads
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fisher_is_that_of_the_models_own_loss(name: str) -> None:
     torch.manual_seed(0)
