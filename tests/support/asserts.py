@@ -173,7 +173,8 @@ def _autocasts() -> int:
 
 def _hooks_on_saved_tensors() -> bool:
     """Whether there are any: they would change what autograd saves."""
-    node = torch.ones((), requires_grad=True).exp().grad_fn
+    with torch.inference_mode(False), torch.enable_grad():
+        node = torch.ones((), requires_grad=True).exp().grad_fn
     assert node is not None
     try:
         node._raw_saved_result.register_hooks(lambda tensor: tensor, lambda tensor: tensor)
