@@ -6,7 +6,8 @@ A `TorchFunctionMode` sees neither of these:
   which `vmap` has no way; the reentrant kind also hides parameters from `torch.autograd.grad`. A
   collection runs a part of a batch at a time, so the function is simply called.
 - An *`autograd.Function` of the old style*, without `setup_context`, is refused inside `vmap`
-  before anything is called. It is sent on as those of the new style are, so that the mode sees it.
+  before anything is called. `Function.apply` sends it on as those of the new style
+  are, so that the mode sees it.
 
 The replacements act in the threads that are inside `replaced`; other threads get the originals.
 """
@@ -15,8 +16,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.autograd.function
+import torch
 import torch.utils.checkpoint
+from torch._functorch.autograd_function import custom_function_call
+from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
 from ewc.fisher.switches import Switch
@@ -26,29 +29,20 @@ def _acts() -> bool:
     return replaced.holds > 0
 
 
-class _OldStyle:
-    """What `Function.apply` is told of a function without `setup_context`.
-
-    It asks twice: whether to bind arguments to the signature of a new-style `forward` (no), and
-    inside `vmap` whether the function may be dispatched (yes).
-    """
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __bool__(self) -> bool:
-        asked, self._asked = self._asked, True
-        return asked
+_ORIGINAL = vars(Function).get("apply")  # None from PyTorch 2.14 on, where it is inherited
+_NAME = "_checkpoint_without_reentrant_generator"
+if hasattr(torch.utils.checkpoint, f"{_NAME}_impl"):  # from PyTorch 2.14 on
+    _NAME += "_impl"
+_checkpoint: Callable[..., Iterator[None]] = getattr(torch.utils.checkpoint, _NAME)
 
 
-_has_setup_context: Callable[..., bool] = torch.autograd.function._is_setup_context_defined
-_checkpoint: Callable[..., Iterator[None]] = (
-    torch.utils.checkpoint._checkpoint_without_reentrant_generator
-)
-
-
-def _setup_context(fn: Callable[..., Any]) -> object:
-    return _has_setup_context(fn) or (_OldStyle() if _acts() else False)
+def _apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Function.apply`, which sends a function of the old style on too."""
+    is_old = cls.setup_context is Function.setup_context
+    if is_old and _acts() and torch._C._are_functorch_transforms_active():
+        return custom_function_call(cls, *args, **kwargs)
+    original: Any = super(Function, cls) if _ORIGINAL is None else _ORIGINAL.__get__(None, cls)
+    return original.apply(*args, **kwargs) if _ORIGINAL is None else original(*args, **kwargs)
 
 
 def _without_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -67,18 +61,21 @@ def _apply(cls: Any, function: Callable[..., Any], preserve: bool, *args: Any) -
 
 
 def _install() -> None:
-    torch.autograd.function._is_setup_context_defined = _setup_context
+    setattr(Function, "apply", classmethod(_apply_function))  # noqa: B010 - of a class of PyTorch
     setattr(CheckpointFunction, "apply", classmethod(_apply))  # noqa: B010 - of a class of PyTorch
     for module in _checkpointing():
-        module._checkpoint_without_reentrant_generator = _without_checkpoint
+        setattr(module, _NAME, _without_checkpoint)
 
 
 def _remove() -> None:
-    torch.autograd.function._is_setup_context_defined = _has_setup_context
+    if _ORIGINAL is not None:
+        setattr(Function, "apply", _ORIGINAL)  # noqa: B010
+    elif "apply" in vars(Function):
+        del Function.apply
     if "apply" in vars(CheckpointFunction):
         del CheckpointFunction.apply
     for module in _checkpointing():
-        module._checkpoint_without_reentrant_generator = _checkpoint
+        setattr(module, _NAME, _checkpoint)
 
 
 def _checkpointing() -> list[Any]:
