@@ -61,6 +61,14 @@ def learned_state(net: Net, x: Tensor) -> Tensor:
     return net.last(h.tanh() * h)
 
 
+def learned_without_graph(net: Net, x: Tensor) -> Tensor:
+    """The gradient passes through what is written over without a graph, as in plain autograd."""
+    h = net.vector.expand(len(x), 5).clone()
+    with torch.no_grad():
+        h[:, :2] = net.first(x)[:, :2]
+    return net.last(h * h * net.first(x))
+
+
 def learned_part(net: Net, x: Tensor) -> Tensor:
     """Parameters are written first, then samples."""
     out = torch.zeros(2, 5, dtype=x.dtype)
@@ -142,6 +150,35 @@ def counted(net: Net, x: Tensor) -> Tensor:
     return net.last(hidden(net, x) * (2.0 if seen.sum() == 5 else 1.0))
 
 
+def seen_without_graph(net: Net, x: Tensor) -> Tensor:
+    """A view that is made and written without a graph."""
+    out = torch.zeros(2, len(x), 5, dtype=x.dtype)
+    with torch.no_grad():
+        view = out[0]
+        view.copy_(net.first(x))
+    return net.last((out.sum(0) + view) * net.vector)
+
+
+def transposed(net: Net, x: Tensor) -> Tensor:
+    out = torch.zeros(len(x), 5, 2, dtype=x.dtype).transpose(1, 2)
+    h = net.first(x)
+    out[:, 0] = h
+    out.transpose(1, 2)[:, :, 1] = net.vector * h
+    return net.last(out.prod(1))
+
+
+def several(net: Net, x: Tensor) -> Tensor:
+    h, out = hidden(net, x), [empty(x, 5), empty(x, 5)]
+    torch._foreach_add_(out, [h, h * 2])
+    return net.last(out[0] * out[1])
+
+
+def an_index(net: Net, x: Tensor) -> Tensor:
+    order = torch.zeros(len(x), 5, dtype=torch.long)
+    order[:] = net.first(x).argsort(1)
+    return net.last(hidden(net, x).gather(1, order) * net.vector[order])
+
+
 def only_read(net: Net, x: Tensor) -> Tensor:
     mask = torch.zeros(5, dtype=x.dtype)
     mask[2:] = 1
@@ -149,6 +186,7 @@ def only_read(net: Net, x: Tensor) -> Tensor:
 
 
 RULE = [item_by_item, steps, views, halves, buffer, detached, index_add, scatter_add, index_put]
+RULE += [seen_without_graph, transposed, several, an_index]
 RULE += [index_with_samples, masked_fill, added, written_without_graph, outputs, counted, only_read]
 
 
@@ -158,7 +196,9 @@ def test_writes_go_by_rule(run: Run, fisher_type: str) -> None:
     assert methods(run, fisher_type) <= {"rule", "unused"}
 
 
-@pytest.mark.parametrize("run", [learned_state, learned_part], ids=lambda run: run.__name__)
+@pytest.mark.parametrize(
+    "run", [learned_state, learned_without_graph, learned_part], ids=lambda run: run.__name__
+)
 def test_writes_into_what_is_made_of_parameters_go_by_a_copy(run: Run) -> None:
     assert methods(run) == {"rule", "vmap"}
 
@@ -207,6 +247,12 @@ def seen_as_another_dtype(net: Net, x: Tensor) -> Tensor:
     return net.last(pairs.abs()[None] + net.first(x))
 
 
+def behind_the_graph(net: Net, x: Tensor) -> Tensor:
+    out = net.vector * torch.ones(len(x), 5, dtype=x.dtype)
+    out.data[:, :2] = net.first(x)[:, :2].detach()
+    return net.last(out * net.first(x))
+
+
 def in_a_transform(net: Net, x: Tensor) -> Tensor:
     out = torch.zeros(3, 5, dtype=x.dtype)
     out[:] = hidden(net, x)
@@ -214,7 +260,9 @@ def in_a_transform(net: Net, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "run", [reshaped, seen_as_another_dtype, in_a_transform], ids=lambda run: run.__name__
+    "run",
+    [reshaped, seen_as_another_dtype, behind_the_graph, in_a_transform],
+    ids=lambda run: run.__name__,
 )
 def test_what_memory_per_sample_cannot_be_is_the_loop(run: Run) -> None:
     assert methods(run) <= {"loop", "unused"}
