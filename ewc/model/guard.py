@@ -94,12 +94,21 @@ class Guard:
             snapshot.restore_by_version()
         for parameter, *_ in self._parameters:
             parameter.grad = None
+        # A model may register hooks in its first run, and note it in an attribute, restored above.
+        for hooks, saved in self._module_hooks:
+            for key in [key for key in hooks if key not in saved and not _is_ours(hooks[key])]:
+                del hooks[key]
 
     def empty_caches(self, run: Callable[[], object]) -> None:
         """Empty caches of what is made of parameters: see `Attributes.empty_caches`."""
         if self._attributes is not None:
             self._attributes.empty_caches(run)
         self.restore()
+
+
+def _is_ours(hook: object) -> bool:
+    """Whether the library itself has registered a hook, for the time of a collection."""
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == "ewc"
 
 
 class _Snapshot:

@@ -370,3 +370,33 @@ def test_row_24_autocast_keeps_the_rules() -> None:
     for name, expected in oracle.squares(net, losses, 6).items():
         error = (found.sums[name].double() - expected).norm() / expected.norm()
         assert error < 0.05, (name, error)
+
+
+class HooksItself(nn.Module):
+    """Registers a hook in its first run, as models of transformers do that return hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.is_hooked = nn.Linear(4, 5), nn.Linear(5, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_hooked:
+            self.first.register_forward_hook(lambda module, args, output: output + 1)
+            self.first.register_forward_pre_hook(
+                lambda module, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True
+            )
+            self.is_hooked = True
+        return self.last(self.first(x).tanh())
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+@pytest.mark.parametrize("has_run", [False, True])
+def test_hooks_that_the_first_run_registers(fisher_type: str, has_run: bool) -> None:
+    torch.manual_seed(0)
+    net, (x, y) = HooksItself().double(), data(4)
+    if has_run:
+        net(x)
+    hooks = {**net.first._forward_hooks, **net.first._forward_pre_hooks}
+    assert set(check(net, x, y, fisher_type).values()) == {"rule"}
+    assert {**net.first._forward_hooks, **net.first._forward_pre_hooks} == hooks
+    assert net.is_hooked == has_run
