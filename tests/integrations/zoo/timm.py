@@ -112,6 +112,18 @@ ENTRIES: dict[str, Entry] = {
             "mlp_ratios": (2, 2, 2, 2),
         },
     ),
+    "LeViT": built(
+        "levit",
+        "Levit",
+        options={
+            "img_size": 32,
+            "embed_dim": (16, 24),
+            "key_dim": 4,
+            "depth": (1, 1),
+            "num_heads": (2, 2),
+        },
+        rows=True,
+    ),
     "XCiT": built(
         "xcit",
         "Xcit",
@@ -119,6 +131,25 @@ ENTRIES: dict[str, Entry] = {
         {**PATCHES, "depth": 1, "num_heads": 2, "cls_attn_layers": 1, "eta": 0.1},
         rows=True,
     ),
+    "EfficientFormer": built(
+        "efficientformer",
+        "EfficientFormer",
+        224,
+        {"depths": (1, 1, 1, 1), "embed_dims": (4, 4, 8, 8), "num_vit": 1},
+        rows=True,
+    ),
+    "EfficientFormerV2": named(
+        "efficientformerv2_s0",
+        options={
+            "img_size": 32,
+            "embed_dims": (8, 8, 16, 16),
+            "depths": (1, 1, 1, 1),
+            "num_vit": 1,
+            "mlp_ratios": ((2,), (2,), (2,), (2,)),
+        },
+        rows=True,
+    ),
+    "TinyViT": built("tiny_vit", "TinyVit", options={**TWO, "window_sizes": (4, 4)}, rows=True),
     "Mixer": built("mlp_mixer", "MlpMixer", 16, {**PATCHES, "num_blocks": 2}),
     "PiT": built(
         "pit",

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.integrations.zoo.data import CLASSES, WORDS, classes, images, texts
+from tests.integrations.zoo.data import CLASSES, WORDS, classes, images, numbers, texts
 from tests.integrations.zoo.decoders import TEXT, checkpointed
 from tests.integrations.zoo.entry import Entry
-from tests.integrations.zoo.task import CLASS, TOKENS
+from tests.integrations.zoo.task import CLASS, TOKENS, VALUES
 
 VIT: dict[str, Any] = {
     "hidden_size": 16,
@@ -191,6 +191,12 @@ def against_prompts(clip: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits
 
 
+def without_labels(detr: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The classes of the places; a loss that matches places with objects is not wanted."""
+    logits: Tensor = detr(batch["pixel_values"]).logits
+    return logits
+
+
 def depth(dpt: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The distance of each pixel."""
     predicted: Tensor = dpt(batch["pixel_values"]).predicted_depth
@@ -241,17 +247,40 @@ ENTRIES: dict[str, Entry] = {
     "MobileViT": classifier("MobileViT", MOBILEVIT, 32),
     "PoolFormer": classifier("PoolFormer", POOLFORMER),
     "CvT": classifier("Cvt", CVT, 16, rows=True),
+    "LeViT": classifier("Levit", LEVIT, 32, rows=True),
     "FocalNet": classifier("FocalNet", FOCAL),
     "PVT": classifier("Pvt", PVT, 16),
     "PVTv2": classifier("PvtV2", PVT, 16),
     "Hiera": classifier("Hiera", HIERA, 32),
     "SwiftFormer": classifier("SwiftFormer", SWIFT, 32),
+    "SegFormer": model(
+        "SegformerForSemanticSegmentation",
+        "Segformer",
+        SEGFORMER,
+        lambda: {**images(16), "labels": classes(8, 8)},
+    ),
+    "DPT": model(
+        "DPTForDepthEstimation",
+        "DPT",
+        DPT,
+        lambda: {**images(12), "labels": numbers(32, 32)},
+        task=VALUES,
+        forward=depth,
+    ),
     "YOLOS": model(
         "YolosForObjectDetection",
         "Yolos",
         {**VIT, "image_size": [12, 12], "num_detection_tokens": 3},
         lambda: objects(12),
         task=TOKENS,
+    ),
+    "DETR": model(
+        "DetrForObjectDetection",
+        "Detr",
+        DETR,
+        lambda: objects(32),
+        task=TOKENS,
+        forward=without_labels,
     ),
     "VideoMAE": video("VideoMAE", VIDEO),
     "TimeSformer": video("Timesformer", VIDEO),
