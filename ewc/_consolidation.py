@@ -23,6 +23,7 @@ from ewc.fisher.fixes import fix
 from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
 from ewc.model.randomness import Randomness
+from ewc.processes.agreement import agree
 from ewc.processes.layout import local
 from ewc.processes.ranks import Ranks
 from ewc.quadratic.binding import Binding
@@ -86,31 +87,6 @@ class Task:
         weight = positive("weight", weight)
         return cls(batches, likelihood, forward, dataset_size, weight, generator)
 
-    def agree(
-        self,
-        ranks: Ranks,
-        parameters: Mapping[str, nn.Parameter],
-        settings: Settings,
-        options: Mapping[str, Any],
-    ) -> None:
-        """Check that all processes collect the same parameters, with the same options.
-
-        Args:
-            ranks: The processes.
-            parameters: The parameters to collect.
-            settings: The options of this and all other tasks.
-            options: Further ones by name; those that are dicts are not compared.
-        """
-        ranks.agree(
-            {
-                **{f"the shape of {name!r}": tuple(p.shape) for name, p in parameters.items()},
-                **{key: one for key, one in options.items() if not isinstance(one, dict)},
-                "max_samples": settings.max_samples,
-                "dataset_size": self.dataset_size,
-                "weight": self.weight,
-            }
-        )
-
     def estimate(
         self,
         model: nn.Module,
@@ -173,7 +149,7 @@ class Task:
                 "has ended the pass early, and that batches.dataset has no length. Fix: pass "
                 "dataset_size."
             ) from None
-        ranks.agree({"len(batches.dataset); pass dataset_size": size})
+        agree(ranks, {"len(batches.dataset); pass dataset_size": size})
         return size
 
 
@@ -201,6 +177,7 @@ class Estimate:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         merging: Merging,
+        ranks: Ranks,
     ) -> tuple[Binding, Summary]:
         """The state after this task, bound to the model, and the summary of the consolidation.
 
@@ -209,12 +186,16 @@ class Estimate:
             model: The unwrapped model.
             parameters: The parameters that were collected; their values are the anchor.
             merging: How tasks are merged.
+            ranks: The processes.
 
         Raises:
             ValueError: No finite penalty would follow.
         """
         with torch.no_grad():
-            quadratics = merging.next_quadratics(model, state.quadratics, parameters, self.fisher)
+            with ranks.exchange("the state of earlier tasks"):  # it may have another layout
+                quadratics = merging.next_quadratics(
+                    model, state.quadratics, parameters, self.fisher
+                )
             check_finite(quadratics, self.reduction)
             after = State(
                 quadratics,
@@ -223,12 +204,13 @@ class Estimate:
                 state.warned_slow or self.squares.slow,
                 state.warned_replaced,
             )
-            binding = Binding(model, after, merging.precision)
-            # A collective, if parameters are sharded.
+            with ranks.exchange("the curvature"):
+                binding = Binding(model, after, merging.precision)
+                curvature = measure(binding.precisions)
             summary = Summary(
                 n_tasks=after.n_tasks,
                 samples=self.squares.samples,
-                parameters=measure(binding.precisions),
+                parameters=curvature,
                 paths=dict(self.squares.paths),
                 reasons=dict(self.squares.reasons),
                 weight=self.weight,
@@ -288,8 +270,8 @@ def _zero_names(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
     """
     device = next(iter(fisher.values())).device
     nonzero = torch.stack([local(each).any().to(device) for each in fisher.values()])
-    ranks.barrier("which Fisher entries are zero")
-    any_nonzero = ranks.maximum(nonzero.to(torch.uint8)).tolist()
+    with ranks.exchange("which Fisher entries are zero"):
+        any_nonzero = ranks.maximum(nonzero.to(torch.uint8)).tolist()
     names = [name for name, flag in zip(fisher, any_nonzero, strict=True) if not flag]
     if len(names) == len(fisher):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ewc._agreement import agree_on
 from ewc._checks import number
 from ewc._consolidation import Task
 from ewc._copying import Copied
@@ -22,8 +23,7 @@ from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
 from ewc.model.names import named_parameters, unwrap
 from ewc.model.selection import check_released, collectable, select, trainable, without
-from ewc.processes.groups import ranks_of, wrapper_group
-from ewc.processes.layout import has_sharded_parameters
+from ewc.processes.groups import ranks_of, ranks_of_shards, wrapper_group
 from ewc.processes.ranks import SINGLE_PROCESS
 from ewc.quadratic.binding import Binding, traced_penalty
 from ewc.quadratic.checkpoint import dump, restore
@@ -233,16 +233,16 @@ class EWC(Copied):
                 )
                 check_fit(self._model, self._state, self._chosen or ())
                 parameters = collectable(self._model, self._chosen)
-                options = {"strength": self._strength, "n_tasks": self.n_tasks}
-                task.agree(ranks, parameters, self._settings, {**self._configuration(), **options})
+                options = {**self._configuration(), "strength": self._strength}
+                agree_on(task, ranks, self._model, self._state, parameters, self._settings, options)
                 estimate = task.estimate(self._model, parameters, self._settings, ranks, undo)
                 binding, summary = estimate.merged_into(
-                    self._state, self._model, parameters, self._merging
+                    self._state, self._model, parameters, self._merging, ranks
                 )
                 estimate.warn(self._state)
                 warn_of_replaced(self._binding, binding)
-                ranks.barrier("the end")
-            self._state, self._binding = binding.state, binding
+                ranks.finish(undo)
+                self._state, self._binding = binding.state, binding
             return summary
 
         return undisturbed(run, on_failure=undo)
@@ -276,14 +276,16 @@ class EWC(Copied):
         Raises:
             ValueError: A protected parameter is gone or has changed its shape.
         """
-        check_fit(self._model, self._state, self._chosen or ())
-        with torch.inference_mode(False), torch.no_grad():
+        ranks = ranks_of_shards(self._model) if full else SINGLE_PROCESS
+        with ranks.all_or_none(), torch.inference_mode(False), torch.no_grad():
+            check_fit(self._model, self._state, self._chosen or ())
             return dump(
                 self._state,
                 model=self._model,
                 trainable=trainable(self._model, self._chosen),
                 configuration=self._configuration(),
                 full=full,
+                ranks=ranks,
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -304,8 +306,7 @@ class EWC(Copied):
                 until the next consolidation.
             NothingProtectedWarning: Instead, if the state protects nothing at all.
         """
-        sharded = has_sharded_parameters(self._model)
-        ranks = ranks_of(self._model, self._process_group) if sharded else SINGLE_PROCESS
+        ranks = ranks_of_shards(self._model)
         with ranks.all_or_none(), torch.inference_mode(False), torch.no_grad():
             restored = restore(
                 state,
@@ -314,8 +315,7 @@ class EWC(Copied):
                 configuration=self._configuration(),
                 ranks=ranks,
             )
-            ranks.barrier("the end")
-        self._state, self._binding = restored.warned_like(self._state), None
+            self._state, self._binding = restored.warned_like(self._state), None
 
     def __repr__(self) -> str:
         return (

@@ -98,28 +98,27 @@ def collect(
     if randomness is None:
         randomness = Randomness(parameter.device for parameter in parameters.values())
     refuse_batch_statistics(model)
-    own = parameters  # sharded, if the model is: the sums are sharded as these are
-    with ExitStack() as stack:
-        sharded: ShardedModel | None = None
-        if has_sharded_parameters(model):
-            sharded = stack.enter_context(ShardedModel(model, parameters, ranks))
-            parameters = sharded.parameters
-        others = reachable_modules(model, forward, likelihood)
-        guard = Guard(model, others)
+    sharded = ShardedModel(model, parameters, ranks) if has_sharded_parameters(model) else None
+    others = reachable_modules(model, forward, likelihood)
+    guard = Guard(model, others)
 
-        def restore() -> None:
-            guard.restore()
+    def restore() -> None:
+        guard.restore()
+        if sharded is not None:
+            sharded.reset()
+
+    def run() -> Squares:
+        sums = {name: _zeros(each) for name, each in parameters.items()}
+        with ExitStack() as stack:
             if sharded is not None:
-                sharded.reset()
-
-        def run() -> Squares:
+                sharded.prepare()
+                stack.enter_context(sharded.saved_tensors_hooks())
             guard.prepare()
-            sums = {name: _zeros(each) for name, each in own.items()}
             if fisher_type == "mc":
                 randomness.seed_from(generator, ranks.data_rank)
             runner = Runner(
                 model,
-                parameters,
+                parameters if sharded is None else sharded.parameters,
                 likelihood,
                 forward,
                 fisher_type,
@@ -129,7 +128,7 @@ def collect(
                 others,
             )
             coordination: Coordination = (
-                Independent() if sharded is None else LockStep(sharded, ranks, runner)
+                Independent(ranks) if sharded is None else LockStep(sharded, ranks, runner)
             )
             quota = None if max_samples is None else ranks.quota(max_samples)
             reading = Reading(batches, quota, runner.read, restore)
@@ -137,7 +136,8 @@ def collect(
                 found = _run(runner, coordination, reading, sums, guard)
             return _combined(ranks, found, truncated=reading.truncated)
 
-        return undisturbed(run, always=[guard.leave])
+    leave = [guard.leave] if sharded is None else [guard.leave, sharded.reset]
+    return undisturbed(run, always=leave)
 
 
 def _run(
@@ -195,16 +195,16 @@ def _targets(batch: Batch) -> list[Tensor]:
 def _combined(ranks: Ranks, found: Accumulator, *, truncated: bool) -> Squares:
     """Add up the sums of all processes, and gather what each reports."""
     sums = found.sums
-    ranks.barrier("the sums")
-    samples = ranks.sum(found.samples)
+    with ranks.exchange("the sums"):
+        samples = ranks.sum(found.samples)
+        ranks.all_reduce(sums.values())
     if samples == 0:
         raise ValueError(
             "The batches must hold at least one sample to estimate the Fisher information; found "
             "none. Fix: a generator can be run through only once, so pass a fresh one."
         )
-    ranks.all_reduce(sums.values())
     own = (found.paths, found.reasons, truncated, found.is_slow)
-    paths, reasons, cut, slow = zip(*ranks.all_gather(own), strict=True)
+    paths, reasons, cut, slow = zip(*ranks.gather("the methods", own), strict=True)
     return Squares(
         sums,
         samples,

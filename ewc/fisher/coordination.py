@@ -15,6 +15,7 @@ from ewc.fisher.batches import Bundle, Reading, bundled
 from ewc.fisher.comparison import differing, largest
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.vectorised import Vectorised
+from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 
 A_FEW = 4
 """Up to this many runs of single samples for a batch, or groups of samples, are not slow."""
@@ -50,6 +51,10 @@ class Coordination(Protocol):
         """The sums to which a run adds, as a context; added to `sums` at its end, if counted."""
         ...
 
+    def before_retry(self, error: Exception) -> None:
+        """Called before a run that has failed is repeated; raises the error to refuse that."""
+        ...
+
     def groups(self, divergence: DivergentBranches, batch: Batch) -> list[list[int]]:
         """The groups of samples to run where the model branches; no group to run the loop."""
         ...
@@ -66,9 +71,16 @@ class Coordination(Protocol):
 
 
 class Independent:
-    """Every process runs its own batches at its own pace; `collect` adds up the sums at the end."""
+    """Every process runs its own batches at its own pace; `collect` adds up the sums at the end.
+
+    Args:
+        ranks: The processes. Each looks now and then whether another one has failed.
+    """
 
     is_lockstep = False
+
+    def __init__(self, ranks: Ranks = SINGLE_PROCESS) -> None:
+        self._ranks = ranks
 
     def verification_batch(self, own: Batch | None) -> Batch | None:
         """This process's own samples."""
@@ -87,22 +99,31 @@ class Independent:
                 return 0
             return vectorised.capacity(batch)
 
-        return bundled(reading, batches, capacity)
+        return bundled(reading, self._looking_for_failures(batches), capacity)
 
     def chunks(self, batch: Batch, vectorised: Vectorised | None) -> Iterator[Batch]:
         """Equal parts that fit in memory."""
         start = 0
         while start < batch.size:
+            self._ranks.look_for_failures()
             size = batch.size if vectorised is None else vectorised.chunk_size(batch)
             stop = min(start + size, batch.size)
             yield batch.take(start, stop)
             start = stop
+
+    def _looking_for_failures(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self._ranks.look_for_failures()
+            yield batch
 
     def adding_to(
         self, sums: Mapping[str, Tensor], *, is_counted: bool = True
     ) -> AbstractContextManager[Mapping[str, Tensor]]:
         """The sums themselves."""
         return nullcontext(sums)
+
+    def before_retry(self, error: Exception) -> None:
+        """Every process may repeat its runs."""
 
     def groups(self, divergence: DivergentBranches, batch: Batch) -> list[list[int]]:
         """The samples that agree; none if nearly every sample takes a branch of its own."""

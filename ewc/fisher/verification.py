@@ -103,6 +103,7 @@ def _verify(
     except InvalidBatch:
         raise
     except Exception as error:  # what vmap refuses; the loop has just run the same samples
+        coordination.before_retry(error)
         return confirmed(error, run)
     is_half = is_half_precision(runner.model)
     for name in coordination.differing(sums, expected, is_half=is_half):

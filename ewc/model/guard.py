@@ -50,6 +50,7 @@ class Guard:
             for name, hooks in vars(module).items()
             if name.startswith("_") and "_hooks" in name and isinstance(hooks, dict)
         ]
+        self._hooks_in_runs: list[tuple[dict[object, object], set[object]]] = []
 
     def prepare(self) -> None:
         """Put the model into eval mode, without gradients and gradient hooks."""
@@ -60,6 +61,8 @@ class Guard:
             # Gradient hooks belong to training: they could change gradients, or step an optimizer.
             if hooks:
                 parameter._backward_hooks = None
+        # With those that gather sharded parameters, which are there for all runs.
+        self._hooks_in_runs = [(hooks, set(hooks)) for hooks, _ in self._module_hooks]
         self._attributes = Attributes(self._modules)
         if self._attributes.tensors:
             self._snapshots.append(_Snapshot(self._attributes.tensors))
@@ -95,8 +98,8 @@ class Guard:
         for parameter, *_ in self._parameters:
             parameter.grad = None
         # A model may register hooks in its first run, and note it in an attribute, restored above.
-        for hooks, saved in self._module_hooks:
-            for key in [key for key in hooks if key not in saved and not _is_ours(hooks[key])]:
+        for hooks, known in self._hooks_in_runs:
+            for key in [key for key in hooks if key not in known and not _is_ours(hooks[key])]:
                 del hooks[key]
 
     def empty_caches(self, run: Callable[[], object]) -> None:

@@ -57,6 +57,14 @@ def ranks_of(model: nn.Module, process_group: "ProcessGroup | None") -> Ranks:
     return Ranks(data, same_data, device)
 
 
+def ranks_of_shards(model: nn.Module) -> Ranks:
+    """The processes that a model's parameters are sharded over; a single one if none are."""
+    sharded = distributed_parameters(model)
+    if not sharded:
+        return SINGLE_PROCESS
+    return Ranks(same_data=tuple(mesh_groups(sharded)), device=sharded[0].device)
+
+
 def wrapper_group(model: nn.Module) -> "ProcessGroup | None":
     """The process group of a `DistributedDataParallel` around or inside a model, if any."""
     module = sys.modules.get("torch.nn.parallel.distributed")

@@ -93,6 +93,14 @@ def with_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
     return replicated.redistribute(mesh, other.placements)  # type: ignore[attr-defined]
 
 
+def described(tensor: Tensor) -> str:
+    """The shape of a tensor, and how it is sharded."""
+    if not is_sharded(tensor):
+        return f"shape {tuple(tensor.shape)}"
+    placements = ", ".join(map(str, tensor.placements))  # type: ignore[attr-defined]
+    return f"shape {tuple(tensor.shape)}, sharded by {placements}"
+
+
 def shard_groups(tensor: Tensor) -> Groups:
     """The groups over which sums of local parts must be reduced to the sum over `tensor`."""
     if not is_sharded(tensor):

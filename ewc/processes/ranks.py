@@ -2,11 +2,14 @@
 
 Each process runs over its own share of the data. No process may wait in a collective for one that
 has failed. So a barrier precedes every exchange, and a process that fails takes part in one last
-barrier, whichever the others have reached, and reports its error there.
+barrier, whichever the others have reached. There is no way to fail between a barrier and the end of
+the exchange behind it: what may be refused is looked at before, and Ctrl-C is held back meanwhile.
 """
 
+import pickle
+import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -14,14 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ewc.processes.interrupts import Interrupts
 from ewc.processes.layout import Groups, local, mesh_groups
 from ewc.processes.reductions import communication_device, max_over
+from ewc.processes.reports import Reports
 
 Value = TypeVar("Value")
 
+PATIENCE = 0.5
+"""For how many seconds a process that was interrupted waits for the others before it leaves."""
+
+_FIRST_PAUSE, _LONGEST_PAUSE, _GROWTH = 2e-5, 2e-3, 1.2
+"""Seconds between two looks whether all have arrived: a fixed share of the time waited so far."""
+
 
 class PeerFailure(BaseException):
-    """The processes cannot go on together. `Ranks.all_or_none` turns it into a `RuntimeError`.
+    """The processes cannot go on together. `Ranks.all_or_none` raises the right error for it.
 
     Not an `Exception`: no model, and no fallback to a slower method, may catch it as an error of
     its own.
@@ -43,6 +54,10 @@ class Ranks:
         self._data = tuple(group for group in data if dist.get_world_size(group) > 1)
         self._all = (*self._data, *(g for g in same_data if dist.get_world_size(g) > 1))
         self._device = communication_device(device, self._all)
+        self._interrupts = Interrupts()
+        self._reports: Reports | None = None
+        self._has_reported = False
+        self._is_over = False  # whether no other process waits for a report of this one
 
     @property
     def is_distributed(self) -> bool:
@@ -79,91 +94,123 @@ class Ranks:
     def all_or_none(self) -> Iterator[None]:
         """The block succeeds on every process, or raises on every one.
 
-        It must end with a barrier: otherwise one process could leave it before another fails.
+        What it changes, it must change after `finish`, which lets no process go on alone.
 
         Raises:
+            KeyboardInterrupt: This process or another one was interrupted.
             RuntimeError: Another process has failed (its error is quoted), or the processes have
                 reached different barriers.
         """
         if not self.is_distributed:
             yield
             return
+        self._reports, self._has_reported, self._is_over = Reports(self._all), False, False
+        self._interrupts.install()
         try:
             yield
         except PeerFailure as failure:
-            raise RuntimeError(str(failure)) from None
+            raise self._raised_for(failure) from failure.__cause__
         except BaseException as error:
             self._announce(error)
             raise
+        finally:
+            self._interrupts.remove()
 
-    def barrier(self, step: str, flag: bool = False) -> bool:
-        """Wait for all processes, and return whether any of them has set the flag.
+    @contextmanager
+    def exchange(self, step: str, flag: bool = False) -> Iterator[bool]:
+        """A barrier, and what the processes exchange behind it, in which none may fail.
 
         Args:
-            step: What follows the barrier, the same on all processes.
+            step: What is exchanged, the same on all processes.
             flag: What this process contributes to the result.
 
+        Yields:
+            Whether any process has set the flag.
+
         Raises:
+            KeyboardInterrupt: This process was interrupted.
             PeerFailure: A process has failed, or is at another step.
         """
         if not self.is_distributed:
-            return flag
-        code = zlib.crc32(step.encode())
-        failed, highest, negated_lowest, any_flag = self._maximum_of([0, code, -code, int(flag)])
-        if failed:
-            raise PeerFailure(self._collect_failures(None))
-        if highest != -negated_lowest:
-            raise PeerFailure(
-                "All processes must run the model in the same way; found that they differ (this "
-                f"one, rank {dist.get_rank()}, has reached: {step}). Fix: use the same modules of "
-                "a model with sharded parameters for all samples, as training requires."
-            )
-        return bool(any_flag)
+            yield flag
+            return
+        with self._interrupts.held():
+            try:
+                yield self._arrive(step, flag)
+            except Exception as error:  # a connection is lost: there is no one to report it to
+                self._is_over = True
+                raise PeerFailure(
+                    f"All processes must stay connected; found that they failed to exchange {step} "
+                    f"({type(error).__name__}: {error}). Nothing was changed on this one."
+                ) from error
 
-    def agree(self, values: Mapping[str, Any]) -> None:
-        """Check that all processes have the same values.
+    def barrier(self, step: str, flag: bool = False) -> bool:
+        """An exchange of a flag alone: whether any process has set it."""
+        with self.exchange(step, flag) as any_flag:
+            return any_flag
+
+    def agree_on_error(self, error: Exception) -> None:
+        """Go on only if all processes have met an error at the same place.
 
         Raises:
-            ValueError: Some differ; all of them are listed.
+            Exception: `error`, if others have not met one.
+        """
+        try:
+            self.barrier("what to do after an error")
+        except PeerFailure:
+            self._report(error)
+            raise error from None
+
+    def finish(self, undo: list[Any] | None = None) -> None:
+        """The last barrier of `all_or_none`: behind it, nothing may fail on any process.
+
+        Ctrl-C is held back until the end of the block.
+
+        Args:
+            undo: What this process would undo if it failed alone; emptied if there are others.
+        """
+        if self.is_distributed:
+            self._interrupts.raise_held()
+            self._interrupts.hold()
+            self._arrive("the end", False)
+            self._is_over = True
+            if undo is not None:
+                undo.clear()
+
+    def look_for_failures(self) -> None:
+        """Fail if another process is known to have failed. Not a collective, unless one has.
+
+        Raises:
+            PeerFailure: It has.
+        """
+        if self._reports is not None and self._reports.are_known():
+            self.barrier("a failure")
+
+    def gather(self, step: str, value: Value) -> list[Value]:
+        """The value of every process. An exchange of its own.
+
+        Raises:
+            Exception: `value` cannot be pickled.
         """
         if not self.is_distributed:
-            return
-        self.barrier("agreement")
-        everyone = self.all_gather((dist.get_rank(), dict(values)))
-        problems = []
-        for key in dict.fromkeys(key for _, own in everyone for key in own):
-            found: dict[str, list[int]] = {}
-            for rank, own in everyone:
-                found.setdefault(repr(own.get(key)), []).append(rank)
-            if len(found) > 1:
-                shown = "; ".join(f"{value} on {_listed(ranks)}" for value, ranks in found.items())
-                problems.append(f"{key}: {shown}")
-        if problems:
-            raise ValueError(
-                "Model, object and arguments must be the same on every process; found differences "
-                "in\n" + "\n".join(f"  - {problem}" for problem in problems) + "\nFix: build the "
-                "model and the object, and call consolidate, in the same way on all processes."
-            )
+            return [value]
+        values = [pickle.dumps(value)]
+        with self.exchange(step):
+            for group in self._all:
+                parts: list[Any] = [None] * dist.get_world_size(group)
+                dist.all_gather_object(parts, values, group=group)
+                values = [each for part in parts for each in part]
+        return [pickle.loads(each) for each in values]
 
-    # Collectives. Each must directly follow a barrier.
-
-    def all_gather(self, value: Value) -> list[Value]:
-        """The value of every process."""
-        values = [value]
-        for group in self._all:
-            parts: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(parts, values, group=group)
-            values = [each for part in parts for each in part]
-        return values
-
-    def first(self, value: Value | None) -> Value | None:
-        """The value of the first process whose value is not None."""
+    def first(self, step: str, value: Value | None) -> Value | None:
+        """The value of the first process whose value is not None. An exchange of its own."""
         rank = dist.get_rank() if self.is_distributed else 0
-        owners = [one for one, has_value in self.all_gather((rank, value is not None)) if has_value]
-        if not owners:
-            return None
-        sent = self.all_gather(value if rank == owners[0] else None)
-        return next(one for one in sent if one is not None)
+        having = self.gather(f"who has {step}", (rank, value is not None))
+        owner = next((one for one, has_value in having if has_value), None)
+        sent = self.gather(step, value if rank == owner else None)
+        return next((one for one in sent if one is not None), None)
+
+    # Collectives, for use inside an exchange.
 
     def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Sum tensors over the processes that the data is sharded over, in place.
@@ -194,30 +241,85 @@ class Ranks:
         """The elementwise maximum over all processes."""
         return max_over(values, self._all)
 
-    def _maximum_of(self, numbers: list[int]) -> list[int]:
+    def _arrive(self, step: str, flag: bool) -> bool:
+        """Wait for all processes, with Ctrl-C held back; whether any process has set the flag."""
+        assert self._reports is not None  # exchanges belong into `all_or_none`
+        code = zlib.crc32(step.encode())
+        is_known = self._reports.are_known()
+        failed, highest, negated_lowest, any_flag = self._meet([is_known, code, -code, flag])
+        self._is_over = bool(failed) or highest != -negated_lowest  # all processes know it
+        if failed:
+            raise PeerFailure
+        if self._is_over:
+            raise PeerFailure(
+                "All processes must run the model in the same way; found that they differ (this "
+                f"one, rank {dist.get_rank()}, has reached: {step}). Fix: use the same modules of "
+                "a model with sharded parameters for all samples, as training requires."
+            )
+        return bool(any_flag)
+
+    def _meet(self, numbers: list[int]) -> list[int]:
+        """The elementwise maximum over all processes.
+
+        Raises:
+            KeyboardInterrupt: This process was interrupted, and others did not arrive in time.
+        """
         values = torch.tensor(numbers, dtype=torch.int64, device=self._device)
-        found: list[int] = self.maximum(values).tolist()
+        for group in self._all:
+            # Not waited for in C++, where Python cannot handle signals.
+            work: Any = dist.all_reduce(values, dist.ReduceOp.MAX, group=group, async_op=True)
+            if not self._is_over and not self._wait(work):
+                # Whoever arrives later must find all that this process owes to the barrier.
+                self._is_over = True
+                values = torch.tensor([1, 0, 0, 0], device=self._device)
+        if self._is_over:
+            raise KeyboardInterrupt("interrupted while it waited for other processes")
+        found: list[int] = values.tolist()
         return found
 
+    def _wait(self, work: Any) -> bool:
+        """Wait for a collective; whether it has ended before an interrupted process leaves."""
+        started, pause = time.monotonic(), _FIRST_PAUSE
+        while not work.is_completed():
+            if self._interrupts.since is not None:
+                self._report(KeyboardInterrupt())  # others may hear of it before they arrive
+                if time.monotonic() - max(started, self._interrupts.since) > PATIENCE:
+                    return False
+            time.sleep(pause)
+            pause = min(_GROWTH * pause, _LONGEST_PAUSE)
+        work.wait()
+        return True
+
     def _announce(self, error: BaseException) -> None:
-        """Report this process's own error at the barrier that the others reach next."""
-        with suppress(Exception):  # the connection may be gone; `error` is what must be raised
-            self._maximum_of([1, 0, 0, 0])
-            self._collect_failures(error)
+        """Report this process's own error, also at the barrier that the others reach next."""
+        self._interrupts.hold()
+        if not self._is_over:
+            self._report(error)
+            # The connection may be gone, or others may not come; `error` is what must be raised.
+            with suppress(Exception, KeyboardInterrupt):
+                self._meet([1, 0, 0, 0])
 
-    def _collect_failures(self, error: BaseException | None) -> str:
-        """The errors of all processes, as the message of a `PeerFailure`."""
-        own = None if error is None else f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-        failures = [each for each in self.all_gather(own) if each is not None]
-        return (
+    def _report(self, error: BaseException) -> None:
+        if self._has_reported or self._reports is None:
+            return
+        self._has_reported = True
+        kind = "KeyboardInterrupt" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        with suppress(Exception):  # the process with the store may be gone
+            self._reports.add(f"rank {dist.get_rank()}: {kind}: {error}")
+
+    def _raised_for(self, failure: PeerFailure) -> BaseException:
+        """The error that this process raises for a failure that is not its own."""
+        assert self._reports is not None
+        found = self._reports.read()
+        if failure.args and not found:
+            return RuntimeError(*failure.args)
+        found = found or ["unknown; see the errors of the other processes"]
+        message = (
             "All processes must finish; found a failure, and nothing was changed on any of them:\n"
-            + "\n".join(f"  - {failure}" for failure in failures)
+            + "\n".join(f"  - {each}" for each in found)
         )
-
-
-def _listed(ranks: list[int]) -> str:
-    word = "rank" if len(ranks) == 1 else "ranks"
-    return f"{word} {', '.join(map(str, sorted(ranks)))}"
+        is_interrupt = any(each.split(": ")[1:2] == ["KeyboardInterrupt"] for each in found)
+        return KeyboardInterrupt(message) if is_interrupt else RuntimeError(message)
 
 
 SINGLE_PROCESS = Ranks()

@@ -16,7 +16,8 @@ from torch import nn
 from ewc._checks import listed
 from ewc.errors import NothingProtectedWarning
 from ewc.model.names import find, in_order
-from ewc.processes.layout import full_tensor
+from ewc.processes.agreement import agree
+from ewc.processes.layout import described, full_tensor
 from ewc.processes.ranks import Ranks
 from ewc.quadratic.quadratic import Quadratic, curvature_dtype, n_rows, snapshot
 from ewc.quadratic.state import State
@@ -31,6 +32,7 @@ def dump(
     trainable: Mapping[str, nn.Parameter],
     configuration: Mapping[str, Any],
     full: bool,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """The state as nested dicts of plain values and tensors, which are copies.
 
@@ -44,6 +46,10 @@ def dump(
         trainable: The parameters that a consolidation would collect now.
         configuration: The options of the object that give the numbers their meaning.
         full: Full tensors instead of sharded ones.
+        ranks: The processes that gather them together, if parameters are sharded.
+
+    Raises:
+        ValueError: They would not gather the same tensors.
     """
     quadratics = {}
     free_rows = {}
@@ -61,14 +67,21 @@ def dump(
             quadratic = quadratic.like(parameter)
             quadratics[name] = quadratic.grown(present.to(quadratic.anchor.dtype)).clone()
             free_rows[name] = n_rows(parameter) - n_rows(quadratic.fisher)
-    written = full_tensor if full else (lambda tensor: tensor)
+    fisher = {name: one.fisher for name, one in quadratics.items()}
+    anchor = {name: one.anchor for name, one in quadratics.items()}
+    if full:
+        agree(ranks, _described(quadratics))
+        with ranks.exchange("the state's tensors"):
+            fisher = {name: full_tensor(each) for name, each in fisher.items()}
+            anchor = {name: full_tensor(each) for name, each in anchor.items()}
+    ranks.finish()
     return {
         "version": VERSION,
         **configuration,
         "n_tasks": state.n_tasks,
         "parameters": list(quadratics),
-        "fisher": {name: written(one.fisher) for name, one in quadratics.items()},
-        "anchor": {name: written(one.anchor) for name, one in quadratics.items()},
+        "fisher": fisher,
+        "anchor": anchor,
         "constant": {name: one.constant for name, one in quadratics.items()},
         "free_rows": free_rows,
     }
@@ -111,8 +124,9 @@ def restore(
             "The state must fit this object and its model; nothing was loaded. Found:\n"
             + "\n".join(f"  - {problem}" for problem in reader.problems)
         )
-    ranks.barrier("the state's tensors")
-    quadratics = {name: one.like(reader.parameters[name]) for name, one in found.items()}
+    agree(ranks, {"n_tasks": n_tasks, **_described(found)})
+    with ranks.exchange("the state's tensors"):
+        quadratics = {name: one.like(reader.parameters[name]) for name, one in found.items()}
     uncovered = [
         *reader.grown,
         *(f"{name!r} is not in the state" for name in trainable if name not in reader.names),
@@ -132,4 +146,13 @@ def restore(
             stacklevel=3,
         )
     ordered = in_order(model, quadratics)
+    ranks.finish()
     return State({name: quadratics[name] for name in ordered}, n_tasks)
+
+
+def _described(quadratics: Mapping[str, Quadratic]) -> dict[str, str]:
+    """What must be the same on all processes that gather or distribute the tensors of a state."""
+    return {
+        f"the state of {name!r}": ", ".join(map(described, (one.fisher, one.anchor)))
+        for name, one in quadratics.items()
+    }

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ewc._checks import as_float
-from ewc.processes.layout import is_sharded
+from ewc.processes.layout import is_sharded, local
 
 
 def is_array(value: object) -> bool:
@@ -112,9 +112,9 @@ def _equal_tensors(found: object, own: Tensor) -> bool:
         if tuple(found.shape) != tuple(own.shape):  # type: ignore[attr-defined]
             return False
         found = torch.tensor(found.tolist(), dtype=torch.float64)  # type: ignore[attr-defined]
-    if not isinstance(found, Tensor) or wraps_others(found) or found.is_nested:
+    if not isinstance(found, Tensor) or is_foreign(found) or found.is_nested:
         return False
-    known = plain_tensor(found)
+    known, own = local(plain_tensor(found)), local(own)
     if known.is_meta or known.layout is not torch.strided or known.is_complex():
         return False
     if known.shape != own.shape:

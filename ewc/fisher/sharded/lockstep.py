@@ -5,6 +5,7 @@ has no samples left runs one that does not count. All processes verify the metho
 samples, so that each parameter takes the same method on all of them.
 """
 
+import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -43,8 +44,14 @@ class LockStep:
         cpu = torch.device("cpu")
         known = self._runner.known.decided
         raw = None if own is None else (self._runner.read(own.raw, device=cpu).raw, known)
-        self._ranks.barrier("the first samples")
-        found = self._ranks.first(raw)
+        try:
+            found = self._ranks.first("the first samples", raw)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                "The first samples must be picklable, as all processes of a model with sharded "
+                f"parameters verify the methods on them; found {type(error).__name__}: {error}. "
+                "Fix: leave that object out of the batches, or define its class in a module."
+            ) from error
         if found is None:
             return None
         known.update(found[1])
@@ -84,6 +91,10 @@ class LockStep:
         """Whole sums of this process, added up over the processes when a layer is finished."""
         return self._model.adding_to(sums, is_counted)
 
+    def before_retry(self, error: Exception) -> None:
+        """Raise the error, unless all processes have met one: no run may be repeated alone."""
+        self._ranks.agree_on_error(error)
+
     def groups(self, divergence: DivergentBranches, batch: Batch) -> list[list[int]]:
         """Refuse to run groups, because other processes would not run them.
 
@@ -102,10 +113,11 @@ class LockStep:
         """The names whose sums differ by more than rounding, on any process."""
         found = {name: local(each) for name, each in found.items()}
         expected = {name: local(each) for name, each in expected.items()}
-        self._ranks.barrier("the comparison")
-        scales = self._ranks.maximum(torch.tensor(largest(expected), dtype=torch.float64))
-        names = self._ranks.all_gather(differing(found, expected, scales.tolist(), is_half=is_half))
-        return set().union(*names)
+        own = torch.tensor(largest(expected), dtype=torch.float64)
+        with self._ranks.exchange("the largest sums"):
+            scales = self._ranks.maximum(own).tolist()
+        names = differing(found, expected, scales, is_half=is_half)
+        return set().union(*self._ranks.gather("the names that differ", names))
 
     def are_finite(self, sums: Mapping[str, Tensor]) -> Tensor:
         """For each sum, whether all squares of this process were finite.

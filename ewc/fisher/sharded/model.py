@@ -6,19 +6,17 @@ forward pass, and again when the reverse pass comes to it. Its squares are added
 processes as soon as the reverse pass comes to another layer. So a process holds the whole values
 of one layer at a time, and in the forward pass those of the layers around it.
 
-Gathering is a collective, so all processes must gather the same layers in the same order. Before
-each gathering there is a barrier, so that none waits for another that has failed.
+Gathering is a collective, so all processes must gather the same layers in the same order. Each
+gathering is an exchange behind a barrier, so that none waits for another that has failed.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from typing_extensions import Self
 
 from ewc.fisher.sharded.layers import Call, Layer, Placeholder, divide, outside_modes
 from ewc.processes.layout import fsdp_states, is_sharded
@@ -39,7 +37,7 @@ class _Saved(NamedTuple):
 
 
 class ShardedModel:
-    """Runs a sharded model, gathering one layer at a time; a context manager.
+    """Runs a sharded model, gathering one layer at a time, between `prepare` and `reset`.
 
     Args:
         model: The model; some of its parameters are `DTensor`s.
@@ -65,7 +63,8 @@ class ShardedModel:
             Placeholder.of_whole(p, name) for name, p in parameters.items() if not is_sharded(p)
         ]
         self._layers: list[Layer] = []
-        self._stack = ExitStack()
+        for module, _ in fsdp_states(model):
+            module.reshard()  # type: ignore[operator]
         self._in_reverse: Layer | None = None
         self._storages: dict[int, tuple[Layer, Placeholder]] = {}
         self._sums: Mapping[str, Tensor] = {}
@@ -76,32 +75,28 @@ class ShardedModel:
         """Assume again that all squares are finite."""
         self.finite = {name: torch.tensor(True) for name in self._protected}
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            for module, _ in fsdp_states(self._model):
-                module.reshard()  # type: ignore[operator]
-            self._layers, calls = divide(self._model, self._protected)
-            for layer in self._layers:
-                for each in layer.placeholders:
-                    if each.name is not None:
-                        self.parameters[each.name] = each.parameter
-            for module in self._model.modules():
-                for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    stack.callback(_put_back, hooks, copy.copy(hooks))
-                    for key in [key for key, hook in hooks.items() if _is_parallel(hook)]:
-                        del hooks[key]
-            for call in calls:
-                before, after = self._hooks(call)
-                register = call.module.register_forward_pre_hook
-                stack.callback(register(before, prepend=True, with_kwargs=True).remove)
-                stack.callback(call.module.register_forward_hook(after).remove)
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
-            self._stack = stack.pop_all()
-        return self
+    def prepare(self) -> None:
+        """Replace the hooks of `fully_shard` by those that gather placeholders.
 
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-        self.reset()
+        The caller puts back the modules' hooks, and resets this, however the runs end.
+        """
+        self._layers, calls = divide(self._model, self._protected)
+        for layer in self._layers:
+            for each in layer.placeholders:
+                if each.name is not None:
+                    self.parameters[each.name] = each.parameter
+        modules = self._model.modules()
+        for hooks in (hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)):
+            for key in [key for key, hook in hooks.items() if _is_parallel(hook)]:
+                del hooks[key]
+        for call in calls:
+            before, after = self._hooks(call)
+            call.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            call.module.register_forward_hook(after)
+
+    def saved_tensors_hooks(self) -> AbstractContextManager[Any]:
+        """A context for all runs, in which autograd saves no values of gathered parameters."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def reset(self) -> None:
         """Release all layers that are gathered, after a run that may have been interrupted."""
@@ -165,9 +160,8 @@ class ShardedModel:
         return before, after
 
     def _gather(self, layer: Layer) -> None:
-        with outside_modes():
-            self._ranks.barrier(f"the parameters of {layer.name!r}")
-        layer.gather()
+        with outside_modes(), self._ranks.exchange(f"the parameters of {layer.name!r}"):
+            layer.gather()
         for each in layer.placeholders:
             self._storages[each.parameter.data.untyped_storage()._cdata] = layer, each
 
@@ -203,8 +197,7 @@ class ShardedModel:
         found = [(each, each.squares) for each in layer.placeholders if each.squares is not None]
         if not found:
             return
-        with outside_modes():
-            self._ranks.barrier(f"the squares of {layer.name!r}")
+        with outside_modes(), self._ranks.exchange(f"the squares of {layer.name!r}"):
             for each, squares in found:
                 each.squares = None
                 assert each.name is not None
@@ -240,11 +233,6 @@ class _SumsOnDemand(Mapping[str, Tensor]):
 def _is_parallel(hook: Any) -> bool:
     function = getattr(hook, "func", hook)  # functools.partial
     return str(getattr(function, "__module__", "")).startswith(_PARALLEL)
-
-
-def _put_back(hooks: dict[int, Any], kept: dict[int, Any]) -> None:
-    hooks.clear()
-    hooks.update(kept)
 
 
 def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
