@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from ewc.data.advice import LABELS, accepts, forward_template, signature
 from ewc.data.structures import describe, holds_tensors
@@ -87,11 +87,12 @@ def check_forward(forward: Forward | None) -> None:
 def _decodes_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether a model makes the inputs of its decoder from the labels, as when it is trained.
 
-    Without them it would make something else of its encoder's inputs, or fail.
+    Without them it would make something else of its encoder's inputs, or fail. Labels that are no
+    tensor, as the objects in an image, are targets alone.
     """
     config = getattr(model, "config", None)
     return (
         bool(getattr(config, "is_encoder_decoder", False))
-        and LABELS in batch
+        and isinstance(batch.get(LABELS), Tensor)
         and batch.get("decoder_input_ids") is None
     )

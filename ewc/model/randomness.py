@@ -50,6 +50,7 @@ class Randomness:
         self._draws_are_expected = True
         self._is_seeded = False
         self._others_draw = False
+        self._may_make_generators = all(_has_generators(device) for _, device in self._accelerators)
 
     def seed_from(self, generator: torch.Generator | None, rank: int) -> None:
         """Seed the stream with one draw from `generator`.
@@ -122,8 +123,8 @@ class Randomness:
 
     @property
     def _is_alone(self) -> bool:
-        """Whether the global states may be set."""
-        return _thread._count() == 0
+        """Whether the global states are set: no other thread draws, or there is no other way."""
+        return _thread._count() == 0 or not self._may_make_generators
 
     @contextmanager
     def _in_place(self, stream: States) -> Iterator[Callable[[], States]]:
@@ -181,3 +182,12 @@ def _same(one: Any, other: Any) -> bool:
         return torch.equal(one, other)
     found = one == other
     return bool(found if isinstance(found, bool) else found.all())
+
+
+def _has_generators(device: torch.device) -> bool:
+    """Whether generators can be made on a device; some backends have a global state alone."""
+    try:
+        torch.Generator(device)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True

@@ -159,6 +159,14 @@ class TestEncoderDecoders:
         assert torch.equal(outputs, model(self.ids).logits)
         assert rest[0] is self.labels
 
+    def test_labels_that_are_objects_are_targets_alone(self) -> None:
+        """As of a detector, whose labels are the objects in each image."""
+        objects = [{"class_labels": torch.tensor([1])} for _ in range(6)]
+        model = Translator()
+        outputs, rest = apply(model, {"input_ids": self.ids, "labels": objects})
+        assert torch.equal(outputs, model(self.ids).logits)
+        assert rest == (objects,)
+
     def test_without_labels(self) -> None:
         outputs, rest = apply(Translator(), {"input_ids": self.ids})
         assert outputs.shape == (6, 4, 5)

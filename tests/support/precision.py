@@ -88,19 +88,22 @@ def settings() -> dict[str, object]:
     return found
 
 
+SEEN: list[dict[str, object]] = []
+"""What was in force in each run; not an attribute of the model, which would be restored."""
+
+
 class Reader(nn.Module):
-    """Reads settings in its forward, and keeps what is in force there."""
+    """Reads settings in its forward, and notes what is in force there."""
 
     def __init__(self, readers: list[Callable[[], object]]) -> None:
         super().__init__()
         self.layer = nn.Linear(3, 2)
         self.readers = readers
-        self.seen: list[dict[str, object]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         for read in self.readers:
             read()
-        self.seen.append(settings())
+        SEEN.append(settings())
         return self.layer(x)
 
 
@@ -122,7 +125,7 @@ def observed(caller: str, *, consolidates: bool) -> dict[str, Any]:
             for precision in ("ieee", "tf32", "none"):
                 torch._C._set_fp32_precision_setter(*key, precision)
                 after.append(settings())
-    return {"seen": model.seen, "after": after}
+    return {"seen": SEEN, "after": after}
 
 
 def _works(read: Callable[[], object]) -> bool:

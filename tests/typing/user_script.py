@@ -30,11 +30,13 @@ from ewc import (
     Pointwise,
     Reduction,
     Regression,
+    ReplacedParameterWarning,
     SlowPathWarning,
     Summary,
     TimeSeries,
     ZeroFisherWarning,
     context_mod_forward,
+    diagonal_fisher,
 )
 from ewc.likelihoods import Fault, Targets
 from ewc.plot import plot_fisher
@@ -158,6 +160,7 @@ def main() -> None:
     warnings.simplefilter("error", SlowPathWarning)
     warnings.simplefilter("ignore", ZeroFisherWarning)
     warnings.simplefilter("error", NothingProtectedWarning)
+    warnings.simplefilter("error", ReplacedParameterWarning)
     model = nn.Linear(4, 5)
     data = TensorDataset(torch.randn(20, 4), torch.randint(5, (20,)))
     loader: DataLoader[tuple[Tensor, ...]] = DataLoader(data, batch_size=5)
@@ -170,7 +173,11 @@ def main() -> None:
         torch.autograd.backward(loss)
         optimizer.step()
     generator = torch.Generator().manual_seed(0)
-    report(ewc_.consolidate(loader, dataset_size=20, generator=generator))
+    report(ewc_.consolidate(loader, dataset_size=20, weight=2.0, generator=generator))
+    moved: Tensor = ewc_(at={"bias": torch.zeros(5)})
+    alone: dict[str, Tensor] = diagonal_fisher(model, loader, Classification(), max_samples=10)
+    assert moved >= 0
+    assert alone.keys() == {"weight", "bias"}
     ewc_.strength = 2 * ewc_.strength
     fisher: dict[str, Tensor] = ewc_.fisher
     assert fisher.keys() == ewc_.anchor.keys()

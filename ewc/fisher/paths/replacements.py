@@ -6,8 +6,9 @@ A `TorchFunctionMode` sees neither of these:
   which `vmap` has no way; the reentrant kind also hides parameters from `torch.autograd.grad`. A
   collection runs a part of a batch at a time, so the function is simply called.
 - An *`autograd.Function` of the old style*, without `setup_context`, is refused inside `vmap`
-  before anything is called. `Function.apply` sends it on as those of the new style
-  are, so that the mode sees it.
+  before anything is called. It is sent on as those of the new style are, so that the mode sees it.
+  From PyTorch 2.14 on only `Function.apply` can be replaced, and a method that was bound before the
+  collection, as in `spike = Spike.apply`, is not: such a model goes by the loop.
 
 The replacements act in the threads that are inside `replaced`; other threads get the originals.
 """
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
+import torch.autograd.function
 import torch.utils.checkpoint
 from torch._functorch.autograd_function import custom_function_call
 from torch.autograd import Function
@@ -29,7 +30,29 @@ def _acts() -> bool:
     return replaced.holds > 0
 
 
-_ORIGINAL = vars(Function).get("apply")  # None from PyTorch 2.14 on, where it is inherited
+class _OldStyle:
+    """What `Function.apply` is told of a function without `setup_context`, up to PyTorch 2.13.
+
+    It asks twice: whether to bind arguments to the signature of a new-style `forward` (no), and
+    inside `vmap` whether the function may be dispatched (yes).
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __bool__(self) -> bool:
+        asked, self._asked = self._asked, True
+        return asked
+
+
+_ASKS = "apply" in vars(Function)  # from PyTorch 2.14 on it is inherited, and asks nothing
+_has_setup_context: Callable[..., bool] = torch.autograd.function._is_setup_context_defined
+
+
+def _setup_context(fn: Callable[..., Any]) -> object:
+    return _has_setup_context(fn) or (_OldStyle() if _acts() else False)
+
+
 _NAME = "_checkpoint_without_reentrant_generator"
 if hasattr(torch.utils.checkpoint, f"{_NAME}_impl"):  # from PyTorch 2.14 on
     _NAME += "_impl"
@@ -37,12 +60,11 @@ _checkpoint: Callable[..., Iterator[None]] = getattr(torch.utils.checkpoint, _NA
 
 
 def _apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """`Function.apply`, which sends a function of the old style on too."""
+    """`Function.apply` from PyTorch 2.14 on, which sends a function of the old style on too."""
     is_old = cls.setup_context is Function.setup_context
     if is_old and _acts() and torch._C._are_functorch_transforms_active():
         return custom_function_call(cls, *args, **kwargs)
-    original: Any = super(Function, cls) if _ORIGINAL is None else _ORIGINAL.__get__(None, cls)
-    return original.apply(*args, **kwargs) if _ORIGINAL is None else original(*args, **kwargs)
+    return super(Function, cls).apply(*args, **kwargs)
 
 
 def _without_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -61,15 +83,18 @@ def _apply(cls: Any, function: Callable[..., Any], preserve: bool, *args: Any) -
 
 
 def _install() -> None:
-    setattr(Function, "apply", classmethod(_apply_function))  # noqa: B010 - of a class of PyTorch
+    if _ASKS:
+        torch.autograd.function._is_setup_context_defined = _setup_context
+    else:
+        setattr(Function, "apply", classmethod(_apply_function))  # noqa: B010 - a PyTorch class
     setattr(CheckpointFunction, "apply", classmethod(_apply))  # noqa: B010 - of a class of PyTorch
     for module in _checkpointing():
         setattr(module, _NAME, _without_checkpoint)
 
 
 def _remove() -> None:
-    if _ORIGINAL is not None:
-        setattr(Function, "apply", _ORIGINAL)  # noqa: B010
+    if _ASKS:
+        torch.autograd.function._is_setup_context_defined = _has_setup_context
     elif "apply" in vars(Function):
         del Function.apply
     if "apply" in vars(CheckpointFunction):

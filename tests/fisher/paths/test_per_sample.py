@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from tests.fisher.paths.models import Net, Run, methods
 from tests.support.fisher import TYPES, data, double, holds, sequences
@@ -136,7 +137,12 @@ def hidden(net: Net, x: Tensor) -> Tensor:
 
 
 def twice(net: Net, x: Tensor) -> Tensor:
-    return net.last(bound_early(hidden(net, x)).tanh() * StraightThrough.apply(net.first(x), 2.0))
+    h = StraightThrough.apply(hidden(net, x))
+    return net.last(h.tanh() * StraightThrough.apply(net.first(x), 2.0))
+
+
+def bound(net: Net, x: Tensor) -> Tensor:
+    return net.last(bound_early(hidden(net, x)).tanh())
 
 
 def reversal(net: Net, x: Tensor) -> Tensor:
@@ -192,6 +198,12 @@ RULE += [mask_is_set, counts]
 @pytest.mark.parametrize("run", RULE, ids=lambda run: run.__name__)
 def test_what_vmap_refuses_goes_by_rule(run: Run, fisher_type: str) -> None:
     assert methods(run, fisher_type) == {"rule"}
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+def test_a_method_that_was_bound_early(fisher_type: str) -> None:
+    old = TorchVersion(torch.__version__) < "2.14"
+    assert methods(bound, fisher_type) == {"rule" if old else "loop"}
 
 
 @pytest.mark.parametrize("fisher_type", TYPES)
