@@ -36,6 +36,8 @@ def agree_on(
     Raises:
         ValueError: Something differs between processes.
     """
+    if not ranks.is_distributed:
+        return
     tables = {key: one for key, one in options.items() if isinstance(one, dict)}
     values = {
         **{f"the shape of {name!r}": tuple(p.shape) for name, p in parameters.items()},

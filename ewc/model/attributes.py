@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -36,6 +37,7 @@ class Attributes:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
         self._saved: dict[int, _Saved] = {}
+        self._start: _Start | None = None
         self.tensors: list[Tensor] = []
         self._registered = {
             id(each)
@@ -59,11 +61,15 @@ class Attributes:
 
     def restore(self) -> None:
         """Undo what the last run has changed."""
-        for each in self._saved.values():
-            each.restore()
+        if self._start is None:
+            self._start = _Start(self._saved.values())
+        if self._start.is_changed():
+            for each in self._saved.values():
+                each.restore()
 
     def restore_originals(self) -> None:
         """Restore the attributes to what they were when this was made."""
+        self._start = None
         for each in self._saved.values():
             each.start = each.original
             each.restore(thoroughly=True)
@@ -119,6 +125,7 @@ class Attributes:
         """Whether a run fills these again, which then stay empty."""
         for holder in group:
             holder.empty()
+        self._start = None
 
         def are_filled() -> bool:
             self.restore()
@@ -129,6 +136,7 @@ class Attributes:
         if not is_filled:
             for holder in group:
                 holder.refill()
+            self._start = None
         self.restore()
         return is_filled
 
@@ -161,11 +169,12 @@ class _Saved:
         container: The container.
         original: What was in it when this was made.
         start: What is in it when a run begins.
+        is_large: Whether it is compared by its size after each run.
     """
 
     def __init__(self, container: Any, *, is_namespace: bool = False) -> None:
         self.container = container
-        self._is_large = not is_namespace and len(container) > _LARGE
+        self.is_large = not is_namespace and len(container) > _LARGE
         copy: Any = dict if isinstance(container, dict) else list
         self.original = self.start = copy(container)
 
@@ -183,11 +192,41 @@ class _Saved:
         found, start = self.container, self.start
         if len(found) != len(start):
             return True
-        if self._is_large and not thoroughly:
+        if self.is_large and not thoroughly:
             return False
         if isinstance(found, dict):
             return found.keys() != start.keys() or not all(map(is_, found.values(), start.values()))
         return not all(map(is_, found, start))
+
+
+class _Start:
+    """What is in all containers when a run begins, compared at once.
+
+    After nearly every run nothing has changed, and models have many modules: the comparison is a
+    few loops of the interpreter's own, not one for each container.
+
+    Args:
+        saved: The containers. Of large ones the sizes are compared.
+    """
+
+    def __init__(self, saved: Iterable[_Saved]) -> None:
+        saved = list(saved)
+        small = [each for each in saved if not each.is_large]
+        self._containers = [each.container for each in saved]
+        self._lengths = [len(each.start) for each in saved]
+        # Views of dicts show what is in them later, too.
+        self._parts = [part for each in small for part in _parts(each.container)]
+        self._items = [item for each in small for part in _parts(each.start) for item in part]
+
+    def is_changed(self) -> bool:
+        """Whether something may have changed; a key deleted and set again counts, too."""
+        return list(map(len, self._containers)) != self._lengths or not all(
+            map(is_, chain.from_iterable(self._parts), self._items)
+        )
+
+
+def _parts(container: Any) -> tuple[Iterable[Any], ...]:
+    return (container, container.values()) if isinstance(container, dict) else (container,)
 
 
 @dataclass(frozen=True)

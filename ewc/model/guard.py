@@ -99,6 +99,8 @@ class Guard:
             parameter.grad = None
         # A model may register hooks in its first run, and note it in an attribute, restored above.
         for hooks, known in self._hooks_in_runs:
+            if len(hooks) == 0:  # nearly all, and there are a dozen for each module
+                continue
             for key in [key for key in hooks if key not in known and not _is_ours(hooks[key])]:
                 del hooks[key]
 

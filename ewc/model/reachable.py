@@ -66,7 +66,9 @@ def _of_model(model: nn.Module) -> Iterator[Any]:
         yield from (value for name, value in vars(module).items() if name not in STANDARD)
         kinds.update(type(module).__mro__)
     for kind in kinds:
-        yield from (each for each in vars(kind).values() if isinstance(each, FunctionType))
+        for each in vars(kind).values():
+            if isinstance(each, FunctionType) and not _is_of_library(each):
+                yield each
 
 
 def _within(value: Any) -> Iterable[Any]:
@@ -83,14 +85,14 @@ def _within(value: Any) -> Iterable[Any]:
         return list(value)[:_VISITED]
     if isinstance(value, (type, ModuleType, Tensor)) or not hasattr(value, "__dict__"):
         return ()
-    if _package(type(value)) in _LIBRARIES - {"ewc"}:
+    if _is_of_library(type(value)) and _package(type(value)) != "ewc":
         return ()
     methods = [each for each in vars(type(value)).values() if isinstance(each, FunctionType)]
     return (*vars(value).values(), *methods)
 
 
 def _of_function(function: FunctionType) -> Iterator[Any]:
-    if _package(function) in _LIBRARIES:
+    if _is_of_library(function):
         return
     for cell in function.__closure__ or ():
         try:
@@ -116,6 +118,10 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _is_of_library(value: Any) -> bool:
+    return _package(value) in _LIBRARIES
 
 
 def _package(value: Any) -> str:

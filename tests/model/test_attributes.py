@@ -120,6 +120,9 @@ def test_a_cache_of_what_is_made_of_parameters(keep: str, before: str, once: boo
     [
         ({1: 2}, lambda c: c.update({3: 4})),
         ({1: [2, {3: 4}]}, lambda c: c[1][1].clear()),
+        ({1: 2, 3: 4}, lambda c: c.update({1: 4, 3: 2})),
+        ({1: {2: 3}, 4: {}}, lambda c: c[4].update({2: c[1].pop(2)})),
+        ({1: 2, 3: 4}, lambda c: c.update({1: c.pop(1)})),
         ([1, [2]], lambda c: c[1].append(3)),
         ([1, 2], lambda c: c.reverse()),
         ((1, [2]), lambda c: c[1].append(3)),
