@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ewc import _vmap
 from ewc._agreement import agree_on
 from ewc._checks import number
 from ewc._consolidation import Task
@@ -166,7 +167,7 @@ class EWC(Copied):
         if not self._state.quadratics:
             thetas = trainable(self._model, self._chosen) or named_parameters(self._model)
             return zero([*thetas.values()], self._origin)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _vmap.level():  # each transforms plain operations
             return traced_penalty(self._model, self._state, precision, self._strength, point)
         if self._binding is None or not self._binding.is_current(self._state):
             check_fit(self._model, self._state, self._chosen or ())

@@ -123,17 +123,22 @@ class Attributes:
 
     def _are_caches(self, group: list["_Holder"], run: Callable[[], object]) -> bool:
         """Whether a run fills these again, which then stay empty."""
-        for holder in group:
-            holder.empty()
-        self._start = None
 
         def are_filled() -> bool:
             self.restore()
             run()
             return any(holder.is_filled_again() for holder in group)
 
-        is_filled = bool(unless_refused(are_filled))  # a model may need what was in them
-        if not is_filled:
+        # An attribute is None before it is made, or is not there (`cached_property`, `hasattr`).
+        named = any(holder.name is not None for holder in group)
+        is_filled = False
+        for delete in (False, True) if named else (False,):
+            for holder in group:
+                holder.empty(delete=delete)
+            self._start = None
+            is_filled = bool(unless_refused(are_filled))  # a model may need what was in them
+            if is_filled:
+                break
             for holder in group:
                 holder.refill()
             self._start = None
@@ -247,10 +252,15 @@ class _Holder:
             return self.saved.is_changed()
         return self.saved.container.get(self.name) is not self.saved.original[self.name]
 
-    def empty(self) -> None:
-        """Let runs begin with an empty container, or with None as the attribute."""
+    def empty(self, *, delete: bool) -> None:
+        """Let runs begin with an empty container, with None as the attribute, or without it."""
         start = self.saved.start
-        self.saved.start = type(start)() if self.name is None else {**start, self.name: None}
+        if self.name is None:
+            self.saved.start = type(start)()
+        elif delete:
+            self.saved.start = {key: each for key, each in start.items() if key != self.name}
+        else:
+            self.saved.start = {**start, self.name: None}
 
     def refill(self) -> None:
         """Undo `empty`."""

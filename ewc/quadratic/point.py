@@ -7,6 +7,7 @@ that stay as they are. Both are tensors with a graph of their own, which the pen
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ewc.model.names import find, named_parameters, with_nearest
@@ -29,14 +30,16 @@ def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Poin
 
     Raises:
         TypeError: `at` is no mapping, or a value is no tensor.
-        ValueError: A name is not in the model, or a tensor has another shape or dtype than its
-            parameter may have; all problems are listed.
+        ValueError: A name is not in the model, a tensor has another shape or dtype than its
+            parameter may have, is sparse or has no data, or one parameter is given two tensors by
+            two of its names; all problems are listed.
     """
     if not isinstance(at, Mapping):
         raise TypeError(
             f"at must be a mapping from names of parameters to tensors; found {type(at).__name__}."
         )
     found = {}
+    first: dict[int, str] = {}
     unknown: list[object] = []
     problems = []
     for name, value in at.items():
@@ -51,6 +54,10 @@ def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Poin
             )
         elif not value.is_floating_point() and not (value.is_complex() and parameter.is_complex()):
             problems.append(f"{name!r} has dtype {value.dtype}, the parameter {parameter.dtype}")
+        elif not _has_entries(value, parameter):
+            problems.append(f"{name!r} has no entries that can be read: it is {_kind(value)}")
+        elif at[first.setdefault(id(parameter), name)] is not value:
+            problems.append(f"{first[id(parameter)]!r} and {name!r} are one parameter")
         else:
             found[name] = _like(value, parameter)
     if unknown:
@@ -71,6 +78,16 @@ def _by_protected_name(found: Point, model: nn.Module, protected: Collection[str
     names = {id(find(model, name)): name for name in protected}
     pairs = ((names.get(id(find(model, name)), name), value) for name, value in found.items())
     return {name: value for name, value in pairs if name in protected}
+
+
+def _has_entries(value: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether a tensor has entries in the places where the parameter has them."""
+    is_dense = value.layout is torch.strided and not value.is_nested
+    return is_dense and (parameter.is_meta or not value.is_meta)
+
+
+def _kind(value: Tensor) -> str:
+    return "on the meta device" if value.is_meta else f"not dense ({value.layout})"
 
 
 def _like(value: Tensor, parameter: nn.Parameter) -> Tensor:

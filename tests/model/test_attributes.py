@@ -3,6 +3,7 @@
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -219,6 +220,49 @@ def test_a_cache_of_the_class() -> None:
     assert Cached.cache[KEY] is cached
     assert ewc.fisher["weight"].all()
     Cached.cache.clear()
+
+
+class Lasting(nn.Module):
+    """Keeps what it has made of parameters in an attribute that was not there before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.double()
+
+    @cached_property
+    def weight(self) -> Tensor:
+        return self.first.weight.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "bias"):
+            self.bias = self.first.bias.exp()
+        outputs: Tensor = self.second(F.linear(x, self.weight, self.bias).tanh())
+        return outputs
+
+
+@pytest.mark.parametrize("before", ["empty", "no_grad", "grad"])
+def test_a_cache_in_an_attribute_that_was_not_there(before: str) -> None:
+    net, (x, y) = Lasting().eval(), data()
+    if before != "empty":
+        with torch.set_grad_enabled(before == "grad"):
+            net(x)
+    kept = dict(vars(net))
+    ewc = EWC(net, Classification())
+    summary = ewc.consolidate([(x, y)])
+    assert set(summary.paths.values()) == {"rule"}
+    assert {name: id(each) for name, each in vars(net).items()} == {
+        name: id(each) for name, each in kept.items()
+    }
+
+    def losses(plain: nn.Module, n: int) -> Tensor:
+        for name in ("weight", "bias"):
+            vars(plain).pop(name, None)
+        return F.cross_entropy(plain(x[n : n + 1]), y[n : n + 1], reduction="none")
+
+    expected = oracle.squares(Lasting(), losses, 5)
+    assert_close(ewc.fisher, {name: each / 5 for name, each in expected.items()}, 1e-9)
 
 
 def test_a_buffer_that_is_written_with_a_graph() -> None:

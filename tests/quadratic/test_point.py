@@ -193,3 +193,47 @@ def test_all_that_is_wrong_is_listed() -> None:
         ewc(at=at)
     with pytest.raises(TypeError, match="at must be a mapping"):
         ewc(at=[torch.zeros(7)])
+
+
+def test_what_cannot_be_read_and_one_parameter_given_twice() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(INPUTS, CLASSES), nn.Linear(INPUTS, CLASSES)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) * self.two(x)
+
+    ewc = EWC(Tied(), Classification(), strength=1.0)
+    ewc.consolidate(make_task())
+    weight = torch.randn(CLASSES, INPUTS)
+    assert ewc(at={"one.weight": weight, "two.weight": weight}) == ewc(at={"one.weight": weight})
+    with raises(
+        ValueError,
+        "'one.weight' and 'two.weight' are one parameter",
+        "'one.bias' has no entries that can be read: it is on the meta device",
+        "'two.bias' has no entries that can be read: it is not dense (torch.sparse_coo)",
+    ):
+        ewc(
+            at={
+                "one.weight": weight,
+                "two.weight": 2 * weight,
+                "one.bias": torch.zeros(CLASSES, device="meta"),
+                "two.bias": torch.zeros(CLASSES).to_sparse(),
+            }
+        )
+
+
+@pytest.mark.parametrize("kind", [EWC, OnlineEWC])
+def test_inside_transforms(kind: type[EWC]) -> None:
+    _, ewc = make(kind, n_tasks=2, strength=3.0)
+    at = {name: each.detach() for name, each in point(ewc._model).items()}
+    leaves = {name: each.clone().requires_grad_() for name, each in at.items()}
+    right = torch.autograd.grad(ewc(at=leaves), list(leaves.values()))
+    found = torch.func.grad(lambda values: ewc(at=values))(at)
+    assert_close(found, dict(zip(at, right, strict=True)), 1e-5)
+    several = {name: torch.stack([each, 2 * each]) for name, each in at.items()}
+    values = torch.func.vmap(lambda values: ewc(at=values))(several)
+    twice = ewc(at={name: 2 * each for name, each in at.items()})
+    torch.testing.assert_close(values, torch.stack([ewc(at=at), twice]))
