@@ -1,9 +1,6 @@
 """Verifies the fast methods against the loop, on two samples of the first batch."""
 
-import random
-import sys
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +18,7 @@ from ewc.fisher.paths.structure import Structures
 from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
 from ewc.fisher.terms import NoTensorOutputs, surrogate_terms
+from ewc.model.randomness import are_same, others
 
 OBJECTS = "a batch holds lists of objects only, which vmap cannot split"
 _NO_TENSOR = "targets are drawn, and the model returns no tensor to verify vmap on"
@@ -66,13 +64,14 @@ def _verify(
         with runner.randomness.stream(), full_precision():
             runs(batch.raw, 2)
         runner.restore()
-    before = _random_states(runner)
+    before = runner.randomness.position, others()
     try:
         with coordination.adding_to(expected) as own_sums, full_precision():
             runner.loop(batch, own_sums, set(expected), outputs=runs, terms=terms)
     except NoTensorOutputs:
         return _NO_TENSOR
-    reason = _DIFFERS if _random_states(runner) == before else _DRAWS
+    after = runner.randomness.position, others()
+    reason = _DIFFERS if are_same(before, after) else _DRAWS
     if batch.size == 2:
         both, first, _ = runs.outputs
         refuse_mixing(runner, runs, batch)
@@ -144,13 +143,3 @@ def confirmed(error: Exception, again: Callable[[], object]) -> str:
     for fault in faults.values():
         raise fault
     return reason
-
-
-def _random_states(runner: Runner) -> tuple[Any, ...]:
-    """Where the random streams stand that a model may draw from."""
-    states: list[Any] = [bytes(state.tolist()) for state in runner.randomness.position]
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        _, keys, *rest = numpy.random.get_state()
-        states += [keys.tobytes(), rest]
-    return (random.getstate(), *states)

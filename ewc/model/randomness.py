@@ -16,6 +16,9 @@ from ewc.model.draws import Draws
 States = list[Tensor]
 """Random states: the CPU's, then one for each accelerator."""
 
+Others = tuple[Any, Any]
+"""The random states of Python and of NumPy, the latter None if it is not imported."""
+
 
 class Randomness:
     """The random stream that a model draws from while its gradients are collected.
@@ -43,7 +46,7 @@ class Randomness:
             if device.type not in ("cpu", "meta")
         ]
         self._stream = self._states()
-        self._before = (self._stream, _others())
+        self._before = (self._stream, others())
         self._generator = generator
         self._generator_before = None if generator is None else generator.get_state()
         self._draws: Draws | None = None
@@ -143,7 +146,7 @@ class Randomness:
             self._draws = Draws(self._generators(), self._in_place)
         draws, is_used = self._draws, self._draws_are_expected
         draws.set_states(self._stream)
-        before = self._states(), _others()
+        before = self._states(), others()
         try:
             if is_used:
                 _push_mode(draws)
@@ -151,7 +154,7 @@ class Randomness:
         finally:
             if is_used:
                 _pop_mode()
-            if not _same(before, (self._states(), _others())):
+            if not are_same(before, (self._states(), others())):
                 self._others_draw = True
 
     def _generators(self) -> list[torch.Generator]:
@@ -169,19 +172,21 @@ class Randomness:
             module.set_rng_state(state, device)
 
 
-def _others() -> tuple[Any, Any]:
+def others() -> Others:
     """The global random states of Python and, if it is imported, of NumPy."""
     numpy = sys.modules.get("numpy")
     return random.getstate(), None if numpy is None else numpy.random.get_state()
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    found = one == other
-    return bool(found if isinstance(found, bool) else found.all())
+def are_same(one: tuple[States, Others], other: tuple[States, Others]) -> bool:
+    """Whether all random states are the same."""
+    (states, (python, legacy)), (other_states, (other_python, other_legacy)) = one, other
+    if not all(map(torch.equal, states, other_states)) or python != other_python:
+        return False
+    if legacy is None or other_legacy is None:
+        return legacy is other_legacy
+    (_, keys, *rest), (_, other_keys, *other_rest) = legacy, other_legacy
+    return bool((keys == other_keys).all()) and rest == other_rest
 
 
 def _has_generators(device: torch.device) -> bool:

@@ -125,4 +125,4 @@ def _is_of_library(value: Any) -> bool:
 
 
 def _package(value: Any) -> str:
-    return str(getattr(value, "__module__", None) or "").split(".")[0]
+    return str(getattr(value, "__module__", None) or "").partition(".")[0]

@@ -9,6 +9,7 @@ Most go on as they are, inside `vmap`. The others:
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from operator import is_not
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ewc import _vmap
 from ewc.fisher.paths import branches
-from ewc.fisher.paths.memory import Memory, address, has_samples, reshapes, written
+from ewc.fisher.paths.memory import Memory, address, has_samples, reshapes, writes, written
 from ewc.fisher.paths.per_sample import run_per_sample
 
 FUNCTION = custom_function_call
@@ -77,6 +78,13 @@ class Calls:
             except Exception:
                 raise refusal from None  # it says more
 
+    def concerns(self, func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+        """Whether `with_own_memory` or `handles` may act in a call.
+
+        Called for every operation of the model, and nearly always false.
+        """
+        return bool(self._memory.blocks) or "out" in kwargs or _acts_on(func)
+
     def handles(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Whether a call is one for `handle`."""
         return func in _HANDLED and _vmap.is_batched(args[0])
@@ -128,7 +136,7 @@ class Calls:
             kwargs: Its keyword arguments.
             copies: Gives the copies per sample of an effective weight; None for other tensors.
         """
-        if self._memory:
+        if self._memory.blocks:
             if reshapes(func) and self._memory.holds(args[0]):
                 raise RuntimeError("the model changes the shape of a tensor that it has written")
             args, kwargs = self._memory.current((args, kwargs), self._level)
@@ -204,3 +212,9 @@ class Calls:
     def _separate(self, *tensors: Tensor) -> None:
         """Note tensors that would share memory in a run on one sample, and do not here."""
         self._separated.update((address(each), each) for each in tensors)
+
+
+@cache
+def _acts_on(func: Callable[..., Any]) -> bool:
+    """Whether a function is handled, or writes to its first argument."""
+    return func in _HANDLED or writes(func)

@@ -1,7 +1,7 @@
 """Walks the graph that autograd has recorded, and describes it."""
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -35,14 +35,19 @@ def nodes(*roots: Any) -> Iterator[Any]:
 
 def leaves(*roots: Any) -> Iterator[Tensor]:
     """The leaves of that graph: the tensors in which `backward` would accumulate gradients."""
-    for node in nodes(*roots):
+    yield from leaves_among(nodes(*roots))
+
+
+def leaves_among(graph: Iterable[Any]) -> Iterator[Tensor]:
+    """The leaves among the nodes of a graph."""
+    for node in graph:
         leaf = getattr(node, "variable", None)
         if leaf is not None:
             yield leaf
 
 
-def correct_batch_norms(*roots: Any) -> None:
-    """Make the reverse passes of batch norm right in the graph behind `roots`.
+def correct_batch_norms(graph: Iterable[Any]) -> None:
+    """Make the reverse passes of batch norm right, among the nodes of a graph.
 
     On the CPU, PyTorch's reverse pass of batch norm, which instance norm uses too, reads the input
     and the gradient as if one of them had the layout of the other, if one is contiguous and the
@@ -51,7 +56,7 @@ def correct_batch_norms(*roots: Any) -> None:
     usual strides, which describe the same memory, it recognises both layouts. Found in 2.13,
     for images of two and three dimensions, in eval and in train mode, for any number of samples.
     """
-    for node in nodes(*roots):
+    for node in graph:
         if node.name() != "NativeBatchNormBackward0":
             continue
         node.register_prehook(lambda gradients: tuple(map(_with_usual_strides, gradients)))

@@ -1,6 +1,6 @@
 """The loop: one sample at a time by plain autograd. Other methods are verified against it."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -59,9 +59,11 @@ def run_loop(
             stack.callback(hook.remove)
         for n in range(batch.size):
             of_one = terms(batch.take(n, n + 1).raw)
+            graph = list(nodes(of_one.grad_fn))
             if n == 0:
-                _refuse_reentrant(of_one)
-            correct_batch_norms(of_one.grad_fn)
+                _refuse_reentrant(graph)
+            correct_batch_norms(graph)
+            del graph
             last = len(of_one) - 1
             for k, term in enumerate(of_one.unbind(0)):
                 with calling(1):  # functions of the user's own have a backward of their own
@@ -75,8 +77,8 @@ def run_loop(
     return reached
 
 
-def _refuse_reentrant(terms: Tensor) -> None:
-    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in nodes(terms.grad_fn)):
+def _refuse_reentrant(graph: Iterable[Any]) -> None:
+    if any(type(node).__name__ == "CheckpointFunctionBackward" for node in graph):
         raise ValueError(
             "torch.autograd.grad must find the gradients of the model; found reentrant activation "
             "checkpointing, inside which it finds none: the Fisher of the parameters there would "

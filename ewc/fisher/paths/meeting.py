@@ -155,9 +155,10 @@ class PerSampleMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.__contains__:
             func, args = torch.Tensor.__bool__, ((args[0] == args[1]).any(),)
-        args, kwargs = self.calls.with_own_memory(func, args, kwargs, self._copy_of)
-        if self.calls.handles(func, args):
-            return self.calls.handle(func, args, kwargs)
+        if self.calls.concerns(func, kwargs):
+            args, kwargs = self.calls.with_own_memory(func, args, kwargs, self._copy_of)
+            if self.calls.handles(func, args):
+                return self.calls.handle(func, args, kwargs)
         if func is torch.Tensor.register_hook and not _vmap.is_batched(args[0]):
             self.is_hooked = True
         at_level = _vmap.level() == self.level

@@ -65,18 +65,18 @@ class Memory:
 
     Args:
         samples: N.
+
+    Attributes:
+        blocks: The memory, by the address of what it replaces.
     """
 
     def __init__(self, samples: int) -> None:
         self._samples = samples
-        self._blocks: dict[int, _Block] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._blocks)
+        self.blocks: dict[int, _Block] = {}
 
     def holds(self, tensor: object) -> bool:
         """Whether a tensor lies in such memory."""
-        return isinstance(tensor, Tensor) and address(tensor) in self._blocks
+        return isinstance(tensor, Tensor) and address(tensor) in self.blocks
 
     def current(self, tree: Any, level: int) -> Any:
         """Arguments or outputs, each tensor in such memory replaced by what has its place.
@@ -87,7 +87,7 @@ class Memory:
         """
 
         def replace(tensor: Tensor) -> Tensor:
-            block = self._blocks.get(address(_vmap.inner(tensor, 0)))
+            block = self.blocks.get(address(_vmap.inner(tensor, 0)))
             if block is None:
                 return tensor
             if _vmap.is_wrapped(tensor) or _vmap.level() != level:
@@ -119,14 +119,14 @@ class Memory:
             own = copies(base)
             if own is not None:
                 block.at(base).copy_(own)
-        self._blocks[storage.data_ptr()] = block
+        self.blocks[storage.data_ptr()] = block
 
 
 def written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a call writes to: a tensor, several tensors, or None."""
     if "out" in kwargs:
         return kwargs["out"]
-    return args[0] if args and _writes(func) else None
+    return args[0] if args and writes(func) else None
 
 
 def has_samples(tree: Any) -> bool:
@@ -141,7 +141,7 @@ def reshapes(func: Callable[..., Any]) -> bool:
 
 
 @cache
-def _writes(func: Callable[..., Any]) -> bool:
+def writes(func: Callable[..., Any]) -> bool:
     """Whether a function writes to its first argument."""
     name = getattr(func, "__name__", "")
     if name in _OPERATORS:

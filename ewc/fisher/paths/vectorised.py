@@ -13,7 +13,7 @@ from ewc._restoring import restoring
 from ewc.data.batch import Batch
 from ewc.fisher.hiding import without_vmap_warnings
 from ewc.fisher.paths.assembly import Assembly
-from ewc.fisher.paths.graph import correct_batch_norms, leaves
+from ewc.fisher.paths.graph import correct_batch_norms, leaves_among, nodes
 from ewc.fisher.paths.meeting import PerSampleMode
 from ewc.fisher.paths.structure import Structures
 
@@ -127,8 +127,9 @@ class Vectorised:
         assembly = Assembly(sums, self._structures)
         mode = PerSampleMode(protected, batch.size, assembly)
         terms = self._run(batch, mode)
-        correct_batch_norms(terms.grad_fn)
-        found = tuple(leaves(terms.grad_fn))
+        graph = list(nodes(terms.grad_fn))
+        correct_batch_norms(graph)
+        found = tuple(leaves_among(graph))
         # Rules and copies detach the weight. So a parameter that the graph still leads to was used
         # where no call is seen, as in a scripted module.
         ends = set(map(id, found))
