@@ -19,6 +19,8 @@ PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 SCRIPTS = ["collection", "penalty", "memory", "growth", "parameters"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def from_their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -34,6 +34,7 @@ def test_row_42_a_thousand_penalties(kind):
     assert tensors() <= before + 1
 
 
+@pytest.mark.slow
 def test_row_42_a_thousand_consolidations(kind):
     ewc = kind(nn.Linear(INPUTS, CLASSES), Classification())
     task = make_task(batches=1, size=1)
