@@ -24,6 +24,7 @@ from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
 from ewc.model.names import named_parameters, unwrap
 from ewc.model.selection import check_released, collectable, select, trainable, without
+from ewc.model.wrappers import check_model
 from ewc.processes.groups import ranks_of, ranks_of_shards, wrapper_group
 from ewc.processes.ranks import SINGLE_PROCESS
 from ewc.quadratic.binding import Binding, traced_penalty
@@ -100,8 +101,7 @@ class EWC(Copied):
         max_samples: int | None = None,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module; found {type(model).__name__}.")
+        check_model(model)
         self.strength = strength
         self._settings = Settings.checked(fisher_type, reduction, max_samples)
         check_likelihood(likelihood, self._settings.fisher_type)

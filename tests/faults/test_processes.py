@@ -1,4 +1,4 @@
-"""Rows 46a and 46d: one of several processes that works for itself, and a PyTorch that is too old.
+"""Rows 46a, 46d, 46g: a process that works for itself, an old PyTorch, wrappers that are refused.
 
 The other rows are in tests/distributed.
 
@@ -53,3 +53,12 @@ def test_row_46d_sharded_parameters_on_an_old_pytorch(kind, monkeypatch):
     ):
         with raises(RuntimeError, "PyTorch must be 2.12 or later", "found a DTensor", "2.11.0"):
             call()
+
+
+def test_row_46g_wrappers_that_are_refused(kind):
+    """All of them: tests/model/test_wrappers.py."""
+    engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+    engine.module = make_model()
+    with raises(TypeError, "a DeepSpeed engine (DeepSpeedEngine)", "Fix: pass engine.module"):
+        kind(engine, Classification())
+    kind(engine.module, Classification()).consolidate(make_task())
