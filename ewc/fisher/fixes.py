@@ -12,6 +12,7 @@ _FIXES = {
     ),
     "lists of objects": "let the loader yield tensors in place of the objects",
     "draws random numbers": "draw none in eval mode, or pass what is drawn as an input",
+    "generator of its own": "draw before the consolidation, and pass what is drawn as an input",
     "scripted module": "use the module as it is, without torch.jit.script",
     "no tensor to verify": "return tensors from the forward",
     "changes the shape": "use the method without the underscore, such as unsqueeze for unsqueeze_",

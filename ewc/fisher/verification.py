@@ -80,6 +80,10 @@ def _verify(
         runs.outputs.clear()
     if not batch.vectorisable:
         return OBJECTS
+    if batch.size == 1:  # twice: numbers that vmap draws, or else divides, differ between samples
+        batch = batch.pick([0, 0])
+        for each in expected.values():
+            each.mul_(2)
     vectorised = Vectorised(
         runner.parameters,
         runner.outputs,

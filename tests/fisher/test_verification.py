@@ -53,3 +53,45 @@ def test_the_reason_names_random_numbers_of_the_likelihood() -> None:
     likelihood = Custom(lambda outputs, targets: oracle.nll(F.dropout(outputs, 0.5), targets))
     found = collected(nn.Linear(4, 3), [data()], likelihood=likelihood)
     assert all("draws random numbers" in reason for reason in found.reasons.values())
+
+
+def seeded(h: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return h * (torch.rand(5, generator=generator) > 0.5)
+
+
+def permuted(h: Tensor) -> Tensor:
+    return h[:, torch.randperm(5, generator=torch.Generator().manual_seed(3))]
+
+
+def filled(h: Tensor) -> Tensor:
+    noise = torch.empty_like(h[:1]).normal_(generator=torch.Generator().manual_seed(0))
+    return h + noise
+
+
+def reseeded(h: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return h + torch.randn(5)
+
+
+def late(h: Tensor) -> Tensor:
+    return seeded(h) if bool((h[:, 0] > 0.5).any()) else h
+
+
+@pytest.mark.parametrize("draw", [seeded, permuted, filled, reseeded, late])
+@pytest.mark.parametrize("sizes", [[6], [2, 4], [1, 5], [1, 2, 3]])
+def test_draws_that_are_the_same_in_every_run(draw: Any, sizes: list[int]) -> None:
+    """Each sample alone has the same numbers; `vmap` draws others for each."""
+    torch.manual_seed(0)
+    net, (x, y) = Drawing(draw).double(), (data()[0].double(), data()[1])
+    with torch.no_grad():
+        x = x[net.mean(x)[:, 0].argsort()]
+    batches = zip(x.split(sizes), y.split(sizes), strict=True)
+    found = collected(net, iter(batches))
+
+    def losses(net: nn.Module, n: int) -> Tensor:
+        return oracle.nll(net(x[n : n + 1]), y[n : n + 1])
+
+    for name, expected in oracle.squares(net, losses, 6).items():
+        torch.testing.assert_close(found.sums[name].double(), expected, rtol=1e-9, atol=1e-12)

@@ -153,6 +153,9 @@ class PerSampleMode(TorchFunctionMode):
     ) -> Any:
         """Perform one call of `func`."""
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            # Seeded in the forward, it gives each sample alone the same numbers; vmap others.
+            raise RuntimeError("the model draws from a generator of its own")
         if func is torch.Tensor.__contains__:
             func, args = torch.Tensor.__bool__, ((args[0] == args[1]).any(),)
         if self.calls.concerns(func, kwargs):
