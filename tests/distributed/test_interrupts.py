@@ -120,11 +120,23 @@ def at_exchanges(rank: int, world: int, sharded: bool, guilty: list[int], step: 
 
 @pytest.mark.parametrize("guilty", [[0], [0, 1]], ids=["one", "all"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
-def test_row_46e_at_every_exchange(two: Workers, sharded: bool, guilty: list[int]) -> None:
-    assert two.run(at_exchanges, sharded, guilty, 7 if sharded else 1)[0] > 5
+def test_row_46e_at_exchanges(two: Workers, sharded: bool, guilty: list[int]) -> None:
+    assert two.run(at_exchanges, sharded, guilty, 29 if sharded else 3)[0] > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guilty", [[0], [0, 1]], ids=["one", "all"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_row_46e_at_every_single_exchange(two: Workers, sharded: bool, guilty: list[int]) -> None:
+    two.run(at_exchanges, sharded, guilty, 7 if sharded else 1)
 
 
 def test_row_46e_among_four(four: Workers) -> None:
+    four.run(at_exchanges, True, [2], 1000)
+
+
+@pytest.mark.slow
+def test_row_46e_among_four_at_more_exchanges(four: Workers) -> None:
     four.run(at_exchanges, True, [2], 40)
 
 

@@ -78,7 +78,14 @@ def trains(rank: int, world: int, how: str, reshard: int | bool, replicas: int) 
 
 @pytest.mark.parametrize(
     ("how", "reshard", "replicas"),
-    [("root", 2, 0), ("nested", 2, 0), ("nested", 2, 1), ("nested", 2, 2), ("nested", False, 0)],
+    [
+        ("nested", 2, 0),
+        ("nested", 2, 2),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("root", 2, 0), ("nested", 2, 1), ("nested", False, 0))
+        ),
+    ],
 )
 def test_trains_as_one_process(four: Workers, how: str, reshard: int | bool, replicas: int) -> None:
     four.run(trains, how, reshard, replicas)
@@ -105,5 +112,6 @@ def compiled(rank: int, world: int) -> None:
     torch.testing.assert_close(step(batch[0]).detach(), value)
 
 
+@pytest.mark.slow
 def test_row_45_compiles(four: Workers) -> None:
     four.run(compiled)

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ewc import EWC, Classification, OnlineEWC, SlowPathWarning
 from ewc.fisher.sharded.model import ShardedModel
+from ewc.model.names import named_parameters
 from tests import oracle
 from tests.distributed.models import CLASSES, MODELS, assert_whole, build, data, full, shard, share
 from tests.distributed.workers import Workers
@@ -58,6 +59,11 @@ def test_equals_one_process(two: Workers, name: str, how: str) -> None:
 
 
 def test_four_equal_one_process(four: Workers) -> None:
+    four.run(equals_one_process, "perceptron", "layers")
+
+
+@pytest.mark.slow
+def test_four_equal_one_process_on_a_transformer(four: Workers) -> None:
     four.run(equals_one_process, "attentive", "layers")
 
 
@@ -91,10 +97,14 @@ def checkpointed(rank: int, world: int, wrapped: bool, reentrant: bool) -> None:
     if wrapped:
         fully_shard(model.first)
     fully_shard(model)
-    ewc = EWC(model, Classification())
+    ewc = EWC(model, Classification(), strength=3.0)
     summary = ewc.consolidate(share(batch, rank, [5, 3]))
     assert set(summary.paths.values()) == {"rule"}
     assert_whole(ewc.fisher, expected)
+    assert_trains(model.train(), ewc, batch)
+    if reentrant or wrapped:  # and in the middle of training
+        model(batch[0])
+        ewc.consolidate([batch])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -128,6 +138,10 @@ def test_row_41b_the_loop_is_said(two: Workers) -> None:
     for texts in two.run(one_at_a_time):
         (text,) = texts
         assert "one at a time" in text
+        assert "'0.weight', '0.bias'" in text
+        assert "because" in text
+        assert "numpy()" in text
+        assert "Fix: compute with PyTorch instead of NumPy." in text
 
 
 class Selects(nn.Module):
@@ -231,7 +245,7 @@ def assert_trains(model: nn.Module, ewc: EWC, batch: tuple[Tensor, Tensor]) -> N
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    whole = {name: full(p) for name, p in model.named_parameters()}
+    whole = {name: full(p) for name, p in named_parameters(model).items()}
     fisher = {name: full(each) for name, each in ewc.fisher.items()}
     anchor = {name: full(each) for name, each in ewc.anchor.items()}
     expected = sum((fisher[n] * (whole[n] - anchor[n]) ** 2).sum() for n in fisher)
@@ -242,10 +256,10 @@ def assert_trains(model: nn.Module, ewc: EWC, batch: tuple[Tensor, Tensor]) -> N
     model.zero_grad()
     loss = F.cross_entropy(model(batch[0]), batch[1])
     loss.backward()
-    before = {name: full(p.grad) for name, p in model.named_parameters()}
+    before = {name: full(p.grad) for name, p in named_parameters(model).items()}
     model.zero_grad()
     (F.cross_entropy(model(batch[0]), batch[1]) + ewc()).backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         gradient = ewc.strength * fisher[name] * (whole[name] - anchor[name])
         torch.testing.assert_close(full(parameter.grad), before[name] + gradient)
     model.zero_grad()
