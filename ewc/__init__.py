@@ -33,7 +33,7 @@ from ewc.likelihoods import (
     TimeSeries,
 )
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "EWC",

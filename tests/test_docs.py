@@ -105,6 +105,13 @@ def test_the_links_of_the_readme_work_on_a_package_index() -> None:
         assert match is None or (ROOT / match[1]).is_file(), target
 
 
+def test_the_version_is_the_same_in_all_places() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## [{ewc.__version__}]" in changelog
+    assert f"\nversion: {ewc.__version__}\n" in citation
+
+
 def with_examples() -> list[object]:
     """The classes and functions of `ewc`, `ewc.fisher` and `ewc.likelihoods` with examples."""
     modules = (ewc, ewc.fisher, ewc.likelihoods)
