@@ -12,8 +12,9 @@ from ewc import _vmap
 from ewc._restoring import Restore, Value, restoring
 from ewc.fisher.switches import all_holds
 
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_functorch = torch._C._functorch
+_C: Any = torch._C  # its parts carry no annotations
+_top_hooks = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)
+_functorch = _C._functorch
 # PyTorch itself lists them only on newer versions.
 _KINDS = ("cpu", "cuda", "mtia", "maia", "xpu", "ipu", "hpu", "xla", "privateuseone", "mps")
 _AUTOCASTS = tuple(filter(torch.amp.is_autocast_available, _KINDS))
@@ -91,7 +92,7 @@ class Environment:
         _functorch.set_single_level_autograd_function_allowed(single_level)
         _functorch.set_inplace_requires_grad_allowed(inplace)
         while _top_hooks is not None and _top_hooks(True) not in (None, self._hooks):
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            _C._autograd._pop_saved_tensors_default_hooks()
         while _n_autocasts() > self._n_autocasts:
             if torch.autocast_decrement_nesting() == 0:
                 torch.clear_autocast_cache()

@@ -90,7 +90,10 @@ def refuse_mixing(runner: Runner, runs: Runs, batch: Batch) -> None:
     # Rounding depends on the size of a batch, and adds up over layers. A norm over the batch makes
     # a difference as large as the outputs themselves.
     tolerance = 0.2 if is_half_precision(runner.model) else 1e-3
-    agree = partial(_agree, tolerance=tolerance)
+
+    def agree(both: Any, first: Any, second: Any) -> bool:
+        return _agree(both, first, second, tolerance=tolerance)
+
     if agree(*runs.found) or runs.read:
         return  # a branch that depends on values is no module that mixes
     both, first, second = [

@@ -7,6 +7,7 @@ parameters.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +121,9 @@ def traced_penalty(
         ValueError: A parameter is gone or has changed its shape.
     """
     if torch.compiler.is_compiling() and _any_resharded(model, state):
-        untraced: Tensor = _untraced_penalty(model, state, precision, strength, at)
-        return untraced
+        untraced: Any = _untraced_penalty
+        value: Tensor = untraced(model, state, precision, strength, at)
+        return value
     members: dict[Groups, tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]] = {}
     for name, quadratic in state.quadratics.items():
         parameter = find(model, name)

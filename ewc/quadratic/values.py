@@ -52,7 +52,9 @@ def plain_name(name: str) -> str:
 
 def wraps_others(value: Tensor) -> bool:
     """Whether the class of a tensor wraps other tensors, so that it has no values of its own."""
-    return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    own: Any = type(value)
+    plain: Any = Tensor
+    return own.__torch_dispatch__ is not plain.__torch_dispatch__
 
 
 def is_foreign(value: Tensor) -> bool:

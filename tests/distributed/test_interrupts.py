@@ -131,10 +131,12 @@ def test_row_46e_at_every_single_exchange(two: Workers, sharded: bool, guilty: l
     two.run(at_exchanges, sharded, guilty, 7 if sharded else 1)
 
 
+@pytest.mark.slow
 def test_row_46e_among_four(four: Workers) -> None:
     four.run(at_exchanges, True, [2], 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_row_46e_among_four_at_more_exchanges(four: Workers) -> None:
     four.run(at_exchanges, True, [2], 40)

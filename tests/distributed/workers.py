@@ -1,6 +1,7 @@
 """Processes that run the cases of the tests together, started once for all of them."""
 
 import queue
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -75,6 +76,8 @@ class Workers:
 
 def _work(rank: int, world: int, store: str, inbox: Any, outbox: Any) -> None:
     torch.set_num_threads(1)
+    # A shell that runs the tests in the background has Ctrl-C ignored in them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     dist.init_process_group(
         "gloo",
         rank=rank,

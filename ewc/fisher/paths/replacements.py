@@ -64,7 +64,8 @@ def _apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
     is_old = cls.setup_context is Function.setup_context
     if is_old and _acts() and torch._C._are_functorch_transforms_active():
         return custom_function_call(cls, *args, **kwargs)
-    return super(Function, cls).apply(*args, **kwargs)
+    original: Any = super(Function, cls)
+    return original.apply(*args, **kwargs)
 
 
 def _without_checkpoint(*args: Any, **kwargs: Any) -> Iterator[None]:
@@ -79,7 +80,8 @@ def _apply(cls: Any, function: Callable[..., Any], preserve: bool, *args: Any) -
     """The function of a reentrant checkpoint, called."""
     if _acts():
         return function(*args)
-    return super(CheckpointFunction, cls).apply(function, preserve, *args)
+    original: Any = super(CheckpointFunction, cls)
+    return original.apply(function, preserve, *args)
 
 
 def _install() -> None:
