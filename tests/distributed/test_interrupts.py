@@ -137,7 +137,6 @@ def test_row_46e_among_four(four: Workers) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_row_46e_among_four_at_more_exchanges(four: Workers) -> None:
     four.run(at_exchanges, True, [2], 40)
 
