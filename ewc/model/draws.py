@@ -62,7 +62,7 @@ class Draws(TorchDispatchMode):
         """Perform one operation."""
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
+            return func(*_with_tensor(func, args), **kwargs)
         position, seeded = _seeded(func)
         own = args[position] if position < len(args) else kwargs.get("generator")
         generator = self._generators.get(_device(args, kwargs))
@@ -77,6 +77,26 @@ class Draws(TorchDispatchMode):
             found = func(*args, **kwargs)
             self.set_states(states())
         return found
+
+
+_WIDE = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+
+
+def _with_tensor(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with a tensor for a number that is the only tensor of an operation.
+
+    PyTorch hands modes a Python number for a tensor that was made of one, and refuses the number
+    where an operation such as `clone` takes a tensor alone.
+    """
+    if args and type(args[0]) in _WIDE and _takes_one_tensor(func):
+        return torch.tensor(args[0], dtype=_WIDE[type(args[0])]), *args[1:]
+    return args
+
+
+@cache
+def _takes_one_tensor(func: Any) -> bool:
+    kinds = [str(argument.type) for argument in func._schema.arguments]
+    return kinds[0] == "Tensor" and kinds.count("Tensor") == 1
 
 
 @cache

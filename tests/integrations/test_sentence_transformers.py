@@ -13,6 +13,9 @@ from tests.integrations.recipes import Contract
 pytest.importorskip("sentence_transformers")
 pytest.importorskip("accelerate")  # without it, the Trainer refuses
 
+# Of an option that sentence-transformers passes to accelerate.
+pytestmark = pytest.mark.filterwarnings("ignore:.broadcast_buffers. is deprecated:FutureWarning")
+
 # Steps that show gradients as they are: neither clipped nor adapted.
 EXACT = {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.05, "logging_strategy": "no"}
 

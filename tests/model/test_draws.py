@@ -96,3 +96,12 @@ def test_where_an_operation_gets_no_generator(operation, bounds):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         assert torch.equal(found, operation(X, *bounds))
+
+
+@pytest.mark.parametrize("number", [0.1, 3, True, 1j])
+def test_a_number_that_pytorch_hands_on_for_a_tensor(number):
+    """As for `x.mul_(0.1)` inside vmap, beside other threads."""
+    draws = Draws([], lambda states: None)
+    found = draws.__torch_dispatch__(torch.ops.aten.clone.default, (), (number,))
+    assert found.shape == ()
+    assert found.item() == number
