@@ -24,7 +24,7 @@ from tests.support.interrupts import CASES, Interrupted
 
 
 def tried(interrupted: Interrupted, count: int) -> tuple[int, int, list[str]]:
-    """Interrupt a consolidation at so many places.
+    """Interrupt a consolidation at a number of places.
 
     Returns:
         The number of places, of interrupts, and what each that left something behind has left.

@@ -52,7 +52,7 @@ def report(arguments: argparse.Namespace) -> str:
         ]
         for name in names
     ]
-    head = ["ms, for so many tensors", *(f"{size:,}" for size in sizes), "last / first"]
+    head = ["ms, by the number of tensors", *(f"{size:,}" for size in sizes), "last / first"]
     return (
         f"{table(head, rows)}\n\n{_harness.machine()}. Medians of {arguments.rounds} interleaved "
         "rounds; ratios within a round."
@@ -60,7 +60,7 @@ def report(arguments: argparse.Namespace) -> str:
 
 
 def _calls(size: int) -> dict[str, Callable[[], object]]:
-    """What is timed for a model of so many tensors."""
+    """What is timed for a model of `size` tensors."""
     torch.manual_seed(0)
     model = Experts(size).eval()
     batch = torch.randn(8, 4), torch.randint(4, (8,))

@@ -34,7 +34,7 @@ from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 _PATHS = ("unused", "rule", "vmap", "loop")  # from fast to slow
 
 _SEARCHED = 32
-"""Among so many samples, two are searched for whose targets differ."""
+"""The number of samples among which two with different targets are searched for."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Runs:
         self._outputs = outputs
 
     def __call__(self, raw: Any, samples: int = 1) -> tuple[Any, tuple[Any, ...]]:
-        """Run the model once more, on so many samples."""
+        """Run the model once more, on this number of samples."""
         with _ReadsMode() as reads:
             outputs, rest = self._outputs(raw, samples)
         self.outputs.append(outputs)
@@ -108,11 +108,13 @@ def refuse_mixing(runner: Runner, runs: Runs, batch: Batch) -> None:
     for row, (twice, alone) in enumerate(((twice_first, first), (twice_second, second))):
         rows_agree = partial(_rows_agree, row=row, tolerance=tolerance)
         if not rows_agree(both.outputs, twice.outputs, alone.outputs):
-            _refuse(runner, _culprit((both, twice, alone), rows_agree))
+            _refuse(runner, _first_mixing_module((both, twice, alone), rows_agree))
     draws = not _equal(both.position, runner.randomness.position)
     is_rounding = None if draws else _agree_in_float64(runner, batch)
     if not draws and not is_rounding:
-        _refuse(runner, _culprit((both, first, second), agree), is_sure=is_rounding is False)
+        _refuse(
+            runner, _first_mixing_module((both, first, second), agree), is_sure=is_rounding is False
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _subject(name: str, module: nn.Module) -> str:
     return f"{f'module {name!r}' if name else 'the model'} ({type(module).__name__})"
 
 
-def _culprit(records: Sequence[_Record], agree: Callable[..., bool]) -> str | None:
+def _first_mixing_module(records: Sequence[_Record], agree: Callable[..., bool]) -> str | None:
     """What names the first module whose inputs agree, and its outputs do not."""
     for runs in zip(*(record.modules for record in records), strict=False):
         subjects, inputs, outputs = zip(*runs, strict=True)

@@ -24,7 +24,7 @@ _WHOLE = 1024
 
 @contextmanager
 def calling(samples: int) -> Iterator[None]:
-    """Mark the exceptions of the user's code, which runs inside the context on so many samples."""
+    """Mark exceptions of the user's code with the number of samples that it ran on."""
     try:
         yield
     except Exception as error:

@@ -17,7 +17,7 @@ _STEPS = 5
 """How far the search goes: a function, what it closes over, what that holds, and so on."""
 
 _VISITED = 5000
-"""After so many objects, the search ends."""
+"""The number of objects after which the search ends."""
 
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "builtins", "ewc", "numpy", "torch"})
 """Packages whose functions use no modules but those that they are given."""
