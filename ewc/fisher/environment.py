@@ -10,7 +10,7 @@ from torch.utils import _python_dispatch
 
 from ewc import _vmap
 from ewc._restoring import Restore, Value, restoring
-from ewc.fisher.switches import all_holds
+from ewc._switches import all_holds
 
 _C: Any = torch._C  # its parts carry no annotations
 _top_hooks = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)

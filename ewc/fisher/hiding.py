@@ -4,7 +4,7 @@ import sys
 import warnings
 from typing import Any
 
-from ewc.fisher.switches import Switch
+from ewc._switches import Switch
 
 
 class _Stance:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.backends import cudnn
 
 from ewc._restoring import restoring
-from ewc.fisher.switches import Switch
+from ewc._switches import Switch
 
 # The settings by backend and operation, which came with torch 2.9; before, one setting governs all.
 _HAS_SETTINGS = hasattr(torch._C, "_get_fp32_precision_getter")

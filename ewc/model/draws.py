@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
@@ -24,9 +25,7 @@ _SHARES = ("p", "dropout", "dropout_p")
 
 
 class Draws(TorchDispatchMode):
-    """Gives generators to the random operations in a context that were given none.
-
-    To be pushed onto the stack of modes: `with` also sets flags of the whole process.
+    """Gives generators to the random operations that were given none. See `Drawing`.
 
     Args:
         generators: A generator for each device.
@@ -47,6 +46,11 @@ class Draws(TorchDispatchMode):
         self._generators = {each.device: each for each in generators}
         self._in_place = in_place
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The generators."""
+        return list(self._generators.values())
+
     def states(self) -> list[Tensor]:
         """The states of the generators."""
         return [each.get_state() for each in self._generators.values()]
@@ -66,7 +70,8 @@ class Draws(TorchDispatchMode):
         position, seeded = _seeded(func)
         own = args[position] if position < len(args) else kwargs.get("generator")
         generator = self._generators.get(_device(args, kwargs))
-        if own is not None or generator is None or _drops_nothing(func, args, kwargs):
+        is_given = own is not None and not _is_default(own)
+        if is_given or generator is None or _drops_nothing(func, args, kwargs):
             return func(*args, **kwargs)
         self.seen = True
         if seeded is not None:
@@ -77,6 +82,29 @@ class Draws(TorchDispatchMode):
             found = func(*args, **kwargs)
             self.set_states(states())
         return found
+
+
+class Drawing(TorchFunctionMode):
+    """A context in which each call of a function of PyTorch gets its random numbers by `Draws`.
+
+    `Draws` is not active for the whole context, because some tensors of subclasses, such as
+    `torch.nn.attention.bias.CausalBias`, cannot be made under a dispatch mode. It is pushed onto
+    the stack of modes, because `with` would set flags of the whole process.
+    """
+
+    def __init__(self, draws: Draws) -> None:
+        super().__init__()
+        self._draws = draws
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Perform one call."""
+        _push_mode(self._draws)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            _pop_mode()
 
 
 _WIDE = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
@@ -91,6 +119,12 @@ def _with_tensor(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if args and type(args[0]) in _WIDE and _takes_one_tensor(func):
         return torch.tensor(args[0], dtype=_WIDE[type(args[0])]), *args[1:]
     return args
+
+
+def _is_default(generator: Any) -> bool:
+    """Whether a generator is the CPU's default one: PyTorch hands modes another object for it."""
+    default: Any = torch.default_generator
+    return bool(generator._cdata == default._cdata)
 
 
 @cache

@@ -4,14 +4,14 @@ import _thread
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _pop_mode, _push_mode
 
-from ewc.model.draws import Draws
+from ewc.model.draws import Drawing, Draws
+from ewc.model.seeding import seeds_for
 
 States = list[Tensor]
 """Random states: the CPU's, then one for each accelerator."""
@@ -144,16 +144,14 @@ class Randomness:
         """Draw from the stream, where draws are expected; yields a function that reads it."""
         if self._draws is None:
             self._draws = Draws(self._generators(), self._in_place)
-        draws, is_used = self._draws, self._draws_are_expected
+        draws = self._draws
+        drawing = Drawing(draws) if self._draws_are_expected else nullcontext()
         draws.set_states(self._stream)
         before = self._states(), others()
         try:
-            if is_used:
-                _push_mode(draws)
-            yield draws.states
+            with seeds_for(draws.generators), drawing:
+                yield draws.states
         finally:
-            if is_used:
-                _pop_mode()
             if not are_same(before, (self._states(), others())):
                 self._others_draw = True
 
@@ -164,10 +162,10 @@ class Randomness:
     def _states(self) -> States:
         """The global random states."""
         others = [module.get_rng_state(device) for module, device in self._accelerators]
-        return [torch.get_rng_state(), *others]
+        return [torch.default_generator.get_state(), *others]
 
     def _set(self, states: Sequence[Tensor]) -> None:
-        torch.set_rng_state(states[0])
+        torch.default_generator.set_state(states[0])
         for (module, device), state in zip(self._accelerators, states[1:], strict=True):
             module.set_rng_state(state, device)
 

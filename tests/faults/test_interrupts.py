@@ -21,7 +21,7 @@ SWITCHES = (
     "ewc/_vmap.py",
     "ewc/_restoring.py",
     "ewc/fisher/environment.py",
-    "ewc/fisher/switches.py",
+    "ewc/_switches.py",
     "ewc/model/guard.py",
     "ewc/model/randomness.py",
 )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +16,7 @@ from ewc import EWC, Classification, OnlineEWC
 from tests.support.asserts import raises, unchanged
 from tests.support.tasks import CLASSES, INPUTS, make, make_model, make_task, same
 from tests.support.threads import another_thread, at_once
+from tests.support.versions import needs_causal_bias
 
 
 class Noisy(nn.Module):
@@ -34,6 +36,45 @@ class Noisy(nn.Module):
     def forward(self, x):
         y = checkpoint(self.noisy, x, use_reentrant=False) if self.checkpointed else self.noisy(x)
         return self.head(y)
+
+
+class Seeded(Noisy):
+    """Seeds in its forward: every run of it draws the same."""
+
+    def __init__(self, seed) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def forward(self, x):
+        self.seed()
+        return super().forward(x)
+
+
+class Forked(Noisy):
+    """Draws with a seed of its own, and then goes on as before."""
+
+    def forward(self, x):
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            noise = torch.rand(4)
+        return super().forward(x) + self.head(noise)
+
+
+class Biased(Noisy):
+    """Makes a tensor of a subclass in its forward, which no dispatch mode may see."""
+
+    def forward(self, x):
+        y = super().noisy(x).view(len(x), 1, 4, 1)
+        return self.head(
+            F.scaled_dot_product_attention(y, y, y, causal_lower_right(4, 4)).flatten(1)
+        )
+
+
+SEEDS = {
+    "manual_seed": lambda: torch.manual_seed(7),
+    "set_rng_state": lambda: torch.set_rng_state(torch.Generator().manual_seed(7).get_state()),
+    "imported": lambda: torch.random.manual_seed(7),
+}
 
 
 @contextmanager
@@ -58,8 +99,22 @@ def fisher(model, **options):
         (Noisy, {}),
         (lambda: Noisy(checkpointed=True), {}),
         (Noisy, {"fisher_type": "mc"}),
+        *((lambda seed=seed: Seeded(seed), {}) for seed in SEEDS.values()),
+        (lambda: Seeded(SEEDS["manual_seed"]), {"fisher_type": "mc"}),
+        (Forked, {}),
+        pytest.param(Biased, {}, marks=needs_causal_bias),
     ],
-    ids=["plain", "mc", "noisy", "noisy inside checkpointing", "noisy, mc"],
+    ids=[
+        "plain",
+        "mc",
+        "noisy",
+        "noisy inside checkpointing",
+        "noisy, mc",
+        *SEEDS,
+        "manual_seed, mc",
+        "fork_rng",
+        "tensor of a subclass",
+    ],
 )
 def test_row_45b_beside_a_thread_the_numbers_are_the_same(make_it, options):
     model = make_it()

@@ -1,6 +1,5 @@
 """The reasons for the loop that the verification gives."""
 
-import _thread
 import random
 from typing import Any
 
@@ -84,8 +83,6 @@ def late(h: Tensor) -> Tensor:
 @pytest.mark.parametrize("sizes", [[6], [2, 4], [1, 5], [1, 2, 3]])
 def test_draws_that_are_the_same_in_every_run(draw: Any, sizes: list[int]) -> None:
     """Each sample alone has the same numbers; `vmap` draws others for each."""
-    if draw is reseeded and _thread._count():
-        pytest.skip("beside other threads, the global generator is not what the model draws from")
     torch.manual_seed(0)
     net, (x, y) = Drawing(draw).double(), (data()[0].double(), data()[1])
     with torch.no_grad():

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Binomial, Dirichlet, Gamma, Normal, Poisson
-from torch.utils._python_dispatch import _pop_mode, _push_mode
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from ewc.model.draws import _FILLS, Draws, _filled
+from ewc.model.draws import _FILLS, Drawing, Draws, _filled
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 PAIR = X.reshape(1, 1, 3, 4)
@@ -36,6 +36,7 @@ DRAWING = {
     "Poisson": lambda: Poisson(X.exp()).sample(),
     "Binomial": lambda: Binomial(5, logits=X).sample(),
     "vmap": lambda: torch.func.vmap(lambda x: x + torch.randn(4), randomness="different")(X),
+    "torch.default_generator": lambda: torch.rand(3, generator=torch.default_generator),
     "LSTM": lambda: torch.nn.LSTM(4, 4, 2, dropout=0.5)(X)[0],
 }
 
@@ -51,11 +52,8 @@ def test_the_same_numbers_without_the_global_generator(draws, name):
         torch.manual_seed(1)
         expected, after = DRAWING[name](), torch.get_rng_state()
     before = torch.get_rng_state()
-    _push_mode(draws)
-    try:
+    with Drawing(draws):
         found = DRAWING[name]()
-    finally:
-        _pop_mode()
     assert torch.equal(found, expected)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(draws.states()[0], after)
@@ -74,11 +72,8 @@ def test_the_same_numbers_without_the_global_generator(draws, name):
 )
 def test_nothing_is_drawn(draws, run):
     expected, before = run(), draws.states()[0]
-    _push_mode(draws)
-    try:
+    with Drawing(draws):
         found = run()
-    finally:
-        _pop_mode()
     assert torch.equal(found, expected)
     assert not draws.seen
     assert torch.equal(draws.states()[0], before)
@@ -105,3 +100,13 @@ def test_a_number_that_pytorch_hands_on_for_a_tensor(number):
     found = draws.__torch_dispatch__(torch.ops.aten.clone.default, (), (number,))
     assert found.shape == ()
     assert found.item() == number
+
+
+def test_a_tensor_of_a_subclass_is_made(draws):
+    with Drawing(draws):
+        bias = causal_lower_right(3, 4)
+        found = F.scaled_dot_product_attention(PAIR, PAIR, PAIR, causal_lower_right(3, 3))
+    assert isinstance(bias, CausalBias)
+    assert torch.equal(
+        found, F.scaled_dot_product_attention(PAIR, PAIR, PAIR, causal_lower_right(3, 3))
+    )

@@ -23,7 +23,7 @@ from torch._functorch.autograd_function import custom_function_call
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
-from ewc.fisher.switches import Switch
+from ewc._switches import Switch
 
 
 def _acts() -> bool:

@@ -5,18 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
-from torch.torch_version import TorchVersion
 
 from tests.fisher.paths.models import Net, Run, methods
 from tests.support.fisher import TYPES
+from tests.support.versions import needs_causal_bias
 
 pytestmark = pytest.mark.filterwarnings("ignore::ewc.SlowPathWarning")
-
-
-needs_causal_bias = pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.9",
-    reason="before, a CausalBias refuses every other function",
-)
 
 
 def leaves(net: Net, x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
+from ewc._switches import Switch, _switches
 from ewc.fisher.environment import Environment
-from ewc.fisher.switches import Switch, _switches
 from tests.support.threads import at_once
 
 
