@@ -45,7 +45,8 @@ class _OldStyle:
         return asked
 
 
-_ASKS = "apply" in vars(Function)  # from PyTorch 2.14 on it is inherited, and asks nothing
+_own_apply: Any = vars(Function).get("apply")
+_ASKS = isinstance(_own_apply, classmethod)  # from PyTorch 2.14 on it is C code, and asks nothing
 _has_setup_context: Callable[..., bool] = torch.autograd.function._is_setup_context_defined
 
 
@@ -97,7 +98,9 @@ def _install() -> None:
 def _remove() -> None:
     if _ASKS:
         torch.autograd.function._is_setup_context_defined = _has_setup_context
-    elif "apply" in vars(Function):
+    elif _own_apply is not None:
+        setattr(Function, "apply", _own_apply)  # noqa: B010 - a PyTorch class
+    elif "apply" in vars(Function):  # inherited before
         del Function.apply
     if "apply" in vars(CheckpointFunction):
         del CheckpointFunction.apply

@@ -81,6 +81,7 @@ def originals() -> tuple[object, ...]:
         torch.autograd.function._is_setup_context_defined,
         checkpointing._checkpoint_without_reentrant_generator,
         vars(CheckpointFunction).get("apply"),
+        vars(torch.autograd.Function).get("apply"),
     )
 
 
