@@ -51,6 +51,7 @@ class Built(nn.Module):
         return F.linear(x, self.build(self.theta), self.bias)  # type: ignore[operator]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.")  # its category depends on the version
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("build", [lower, cholesky, rotation, scripted])
 def test_a_weight_that_is_built(build: object, is_gated: bool) -> None:
