@@ -35,14 +35,24 @@ def listed_names(names: Iterable[object]) -> str:
     return listed(map(repr, names))
 
 
-def number(name: str, value: object, *, low: float = 0.0, high: float = math.inf) -> float:
+def number(
+    name: str, value: object, *, low: float = 0.0, high: float = math.inf, other: str = ""
+) -> float:
     """`value` as a float, if it is a finite real number in `[low, high]`.
+
+    Args:
+        name: What it is the value of.
+        value: The value.
+        low: The least number.
+        high: The largest one.
+        other: What else the caller allows, for the message.
 
     Raises:
         TypeError: `value` is not a plain real number.
         ValueError: `value` is not finite, or out of range.
     """
     rule = f"a finite number >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+    rule = f"{rule}, or {other}" if other else rule
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {rule}; found {value!r} ({type(value).__name__}).")
     found = as_float(value)

@@ -15,6 +15,7 @@ from ewc._checks import as_float, positive, positive_int
 from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
 from ewc._settings import Settings
+from ewc._strength import Strength
 from ewc._summary import Summary, measure
 from ewc.data.calling import Forward, check_forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning, warn
@@ -177,6 +178,7 @@ class Estimate:
         model: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         merging: Merging,
+        strength: Strength,
         ranks: Ranks,
     ) -> tuple[Binding, Summary]:
         """The state after this task, bound to the model, and the summary of the consolidation.
@@ -186,6 +188,7 @@ class Estimate:
             model: The unwrapped model.
             parameters: The parameters that were collected; their values are the anchor.
             merging: How tasks are merged.
+            strength: lambda.
             ranks: The processes.
 
         Raises:
@@ -214,6 +217,8 @@ class Estimate:
                 paths=dict(self.squares.paths),
                 reasons=dict(self.squares.reasons),
                 weight=self.weight,
+                strength=strength.in_use(curvature.values()),
+                automatic=strength.is_automatic,
             )
         return binding, summary
 

@@ -4,20 +4,20 @@ The Fisher is computed in `ewc.fisher`, and merged with that of earlier tasks in
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ewc import _vmap
 from ewc._agreement import agree_on
-from ewc._checks import number
 from ewc._consolidation import Task
 from ewc._copying import Copied
 from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
 from ewc._settings import Settings
-from ewc._summary import Summary
+from ewc._strength import Strength
+from ewc._summary import Curvature, Summary, measure
 from ewc.data.calling import Forward, check_forward
 from ewc.fisher.environment import undisturbed
 from ewc.likelihoods import Likelihood
@@ -56,7 +56,9 @@ class EWC(Copied):
     Args:
         model: The model whose parameters are protected, wrapped (DDP, compiled, ...) or not.
         likelihood: The distribution of the targets that the outputs describe.
-        strength: lambda, a finite number `>= 0`.
+        strength: lambda, a finite number `>= 0`; or `"auto"`, a number that is taken from the
+            curvature of the penalty after each consolidation, and undoes its scale: 10 divided by
+            its largest entry.
         parameters: `None`: every parameter with `requires_grad` when a consolidation starts. Else
             names, or `(name, parameter)` pairs of this model.
         forward: `forward(model, batch) -> outputs`, if the outputs are more than the model called
@@ -93,7 +95,7 @@ class EWC(Copied):
         model: nn.Module,
         likelihood: Likelihood,
         *,
-        strength: float = 1.0,
+        strength: float | Literal["auto"] = "auto",
         parameters: Iterable[str | tuple[str, nn.Parameter]] | None = None,
         forward: Forward | None = None,
         fisher_type: FisherType = "empirical",
@@ -102,6 +104,7 @@ class EWC(Copied):
         process_group: "ProcessGroup | None" = None,
     ) -> None:
         check_model(model)
+        self._curvature: Mapping[str, Curvature] = {}
         self.strength = strength
         self._settings = Settings.checked(fisher_type, reduction, max_samples)
         check_likelihood(likelihood, self._settings.fisher_type)
@@ -118,12 +121,17 @@ class EWC(Copied):
 
     @property
     def strength(self) -> float:
-        """lambda, a finite number `>= 0`. Assigning it changes the next penalty."""
+        """lambda, the number in use. Assigning it changes the next penalty.
+
+        With `"auto"` it is 0 before the first consolidation. A number that is assigned holds until
+        `"auto"` is assigned again.
+        """
         return self._strength
 
     @strength.setter
-    def strength(self, value: float) -> None:
-        self._strength = number("strength", value)
+    def strength(self, value: float | Literal["auto"]) -> None:
+        self._strength_option = Strength.checked(value)
+        self._strength = self._strength_option.in_use(self._curvature.values())
 
     @property
     def n_tasks(self) -> int:
@@ -217,8 +225,8 @@ class EWC(Copied):
             SlowPathWarning: Once, if most samples were run one at a time.
             ReplacedParameterWarning: As for the penalty.
         """
-        committed = {"_state": self._state, "_binding": self._binding}
-        undo: list[Restore] = [lambda: self.__dict__.update(committed)]
+        committed = self._state, self._curvature, self._binding
+        undo: list[Restore] = [lambda: self._commit(*committed)]
 
         def run() -> Summary:
             ranks = ranks_of(self._model, self._process_group)
@@ -234,16 +242,21 @@ class EWC(Copied):
                 )
                 check_fit(self._model, self._state, self._chosen or ())
                 parameters = collectable(self._model, self._chosen)
-                options = {**self._configuration(), "strength": self._strength}
+                options = {**self._configuration(), "strength": self._strength_option.fixed}
                 agree_on(task, ranks, self._model, self._state, parameters, self._settings, options)
                 estimate = task.estimate(self._model, parameters, self._settings, ranks, undo)
                 binding, summary = estimate.merged_into(
-                    self._state, self._model, parameters, self._merging, ranks
+                    self._state,
+                    self._model,
+                    parameters,
+                    self._merging,
+                    self._strength_option,
+                    ranks,
                 )
                 estimate.warn(self._state)
                 warn_of_replaced(self._binding, binding)
                 ranks.finish(undo)
-                self._state, self._binding = binding.state, binding
+                self._commit(binding.state, summary.parameters, binding)
             return summary
 
         return undisturbed(run, on_failure=undo)
@@ -263,7 +276,8 @@ class EWC(Copied):
         chosen = self._chosen or ()
         check_released(names, [*self._state.quadratics, *chosen, *named_parameters(self._model)])
         self._chosen = without(self._model, self._chosen, frozenset(names))
-        self._state = self._state.without(names)
+        kept = {name: each for name, each in self._curvature.items() if name not in names}
+        self._commit(self._state.without(names), kept, self._binding)
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
         """The state for a checkpoint: nested dicts of tensors, which are copies, and plain values.
@@ -316,11 +330,21 @@ class EWC(Copied):
                 configuration=self._configuration(),
                 ranks=ranks,
             )
-            self._state, self._binding = restored.warned_like(self._state), None
+            with ranks.exchange("the curvature"):
+                curvature = measure(self._merging.precisions(restored.quadratics))
+            self._commit(restored.warned_like(self._state), curvature)
+
+    def _commit(
+        self, state: State, curvature: Mapping[str, Curvature], binding: Binding | None = None
+    ) -> None:
+        """Replace the state, and what follows from it."""
+        self._state, self._binding, self._curvature = state, binding, curvature
+        self._strength = self._strength_option.in_use(curvature.values())
 
     def __repr__(self) -> str:
+        automatic = " (auto)" if self._strength_option.is_automatic else ""
         return (
-            f"{type(self).__name__}(strength={self.strength:g}, "
+            f"{type(self).__name__}(strength={self.strength:g}{automatic}, "
             f"fisher_type={self._settings.fisher_type!r}, reduction={self._settings.reduction!r}, "
             f"n_tasks={self.n_tasks}, parameters={len(self._state.quadratics)})"
         )

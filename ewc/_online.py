@@ -6,7 +6,7 @@ which is the Fisher decayed once more, plus a prior.
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class OnlineEWC(EWC):
         model: nn.Module,
         likelihood: Likelihood,
         *,
-        strength: float = 1.0,
+        strength: float | Literal["auto"] = "auto",
         parameters: Iterable[str | tuple[str, nn.Parameter]] | None = None,
         forward: Forward | None = None,
         fisher_type: FisherType = "empirical",

@@ -50,11 +50,11 @@ class Summary:
     """What a consolidation did, and the curvature of the penalty after it.
 
     The curvature is that of the whole penalty from now on, of all tasks (`OnlineEWC`:
-    `decay * F~ + prior_precision`), before `strength`. Plain gradient descent on the penalty is
-    stable for `lr * strength * largest < 2`.
+    `decay * F~ + prior_precision`), before `strength`. Gradient descent on the penalty is stable
+    for `lr * strength * largest < 2 * (1 + momentum)`.
 
-    `print(summary)` and `repr(summary)` are the same: two lines of totals, a `table` of at most 20
-    rows, and the reasons for slow methods.
+    `print(summary)` and `repr(summary)` are the same: totals, what the strength means for training,
+    a `table` of at most 20 rows, and the reasons for slow methods.
 
     Attributes:
         n_tasks: The number of tasks consolidated, this one included.
@@ -65,6 +65,8 @@ class Summary:
             a time), or `"unused"` (no gradient reached the parameter).
         reasons: Why parameters were computed by `"loop"`, by canonical name.
         weight: What the Fisher of this consolidation was multiplied by.
+        strength: lambda, the number in use after this consolidation.
+        automatic: Whether it is that of `strength="auto"`.
 
     Example:
         >>> summary = EWC(model, Classification()).consolidate(tasks[0])
@@ -80,8 +82,10 @@ class Summary:
     samples: int
     parameters: Mapping[str, Curvature]
     paths: Mapping[str, Method]
+    strength: float
     reasons: Mapping[str, str] = field(default_factory=dict)
     weight: float = 1.0
+    automatic: bool = False
 
     @property
     def trace(self) -> float:
@@ -111,7 +115,6 @@ class Summary:
             f"Task {self.n_tasks}: {self.samples} samples, {weight}trace {self.trace:.4g}, "
             f"largest entry {self.largest:.4g}"
         )
-        stable = f"  stable steps: lr * strength < {self.bound:.4g}"
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(reason, []).append(name)
@@ -119,7 +122,20 @@ class Summary:
             f"  loop: {listed(names, most=_NAMES)}, because {reason}"
             for reason, names in by_reason.items()
         ]
-        return "\n".join([head, stable, self.table(), *slow])
+        return "\n".join([head, *self._meaning(), self.table(), *slow])
+
+    def _meaning(self) -> list[str]:
+        """What the strength means for training, in words."""
+        name = f"strength {self.strength:.4g}{' (auto)' if self.automatic else ''}"
+        if not self.strength * self.largest:
+            return [f"  {name}: the penalty is 0"]
+        limit = self.bound / self.strength
+        return [
+            f"  {name}: SGD is stable for lr < {limit:.3g}, with momentum 0.9 for "
+            f"lr < {1.9 * limit:.3g}",
+            f"  if earlier tasks are forgotten, try {3 * self.strength:.3g}; "
+            f"if the current task is hardly learned, {self.strength / 3:.3g}",
+        ]
 
     def table(self, rows: int = ROWS) -> str:
         """The curvature of each parameter or, where there are too many, of each layer, as text.

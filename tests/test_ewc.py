@@ -140,7 +140,9 @@ class TestConsolidate:
             ewc.consolidate(make_task(seed))
             tasks.append((oracle.fisher(model, make_task(seed)), dict(model.state_dict())))
             tasks[-1] = copy.deepcopy(tasks[-1])
-        assert ewc().item() == pytest.approx(written_out(tasks, model, 1.0).item(), rel=1e-4)
+        assert ewc().item() == pytest.approx(
+            written_out(tasks, model, ewc.strength).item(), rel=1e-4
+        )
 
 
 class TestReduction:

@@ -324,7 +324,7 @@ def test_fault_1_the_penalty_does_not_change_what_it_penalises(
     mnet: nn.Module, data: tuple[Tensor, Tensor]
 ) -> None:
     x, y = data
-    ewc = OnlineEWC(mnet, Classification(), decay=0.5)
+    ewc = OnlineEWC(mnet, Classification(), decay=0.5, strength=1.0)
     ewc.consolidate([data])
     stored = fisher(mnet, lambda mnet, n: F.cross_entropy(mnet(x[n]), y[n]))
     anchor = weights(mnet)
@@ -348,7 +348,7 @@ def test_fault_2_the_prior_enters_once_and_nothing_divides_it(
     mnet: nn.Module, data: tuple[Tensor, Tensor]
 ) -> None:
     x, y = data
-    ewc = OnlineEWC(mnet, Classification(), prior_precision=0.4)
+    ewc = OnlineEWC(mnet, Classification(), prior_precision=0.4, strength=1.0)
     for _ in range(3):
         ewc.consolidate([data])
     one = fisher(mnet, lambda mnet, n: F.cross_entropy(mnet(x[n]), y[n]))

@@ -97,7 +97,7 @@ class TestPrior:
         assert ewc().item() == pytest.approx(expected.item(), rel=1e-5)
 
     def test_enters_once(self):
-        model, ewc = make_online(decay=0.0, prior_precision=0.5)
+        model, ewc = make_online(decay=0.0, prior_precision=0.5, strength=1.0)
         for seed in range(3):
             ewc.consolidate(make_task(seed))
         distance = 0.0

@@ -44,7 +44,7 @@ def test_online():
     fisher = {n: third[n] + 0.5 * (second[n] + 0.5 * first[n]) for n in first}
     assert_close(ewc.fisher, fisher)
     curvature = {name: 0.5 * one + 0.1 for name, one in fisher.items()}
-    expected = written_out([(curvature, anchor)], model, 1.0)
+    expected = written_out([(curvature, anchor)], model, ewc.strength)
     assert ewc().item() == pytest.approx(expected.item(), rel=1e-9)
 
 

@@ -39,6 +39,10 @@ class Merging:
         """The curvature of the penalty for a parameter, before `strength`."""
         return quadratic.fisher
 
+    def precisions(self, quadratics: Mapping[str, Quadratic]) -> dict[str, Tensor]:
+        """The curvature of the penalty by name, before `strength`."""
+        return {name: self.precision(name, each) for name, each in quadratics.items()}
+
     def next_quadratics(
         self,
         model: nn.Module,

@@ -17,7 +17,7 @@ NUMBERS = [-1.0, float("nan"), float("inf"), -float("inf"), True, "1", None, 1j,
 
 @pytest.mark.parametrize("wrong", NUMBERS, ids=repr)
 def test_row_01_strength(kind, wrong):
-    rule = ("strength must be a finite number >= 0; found ", repr(wrong))
+    rule = ('strength must be a finite number >= 0, or "auto"; found ', repr(wrong))
     with raises((TypeError, ValueError), *rule):
         kind(make_model(), Classification(), strength=wrong)
     model, ewc = make(kind, strength=2.0)

@@ -41,7 +41,7 @@ def test_row_33_tied_weights(kind):
     assert list(ewc.fisher) == ["0.weight", "0.bias", "2.bias"]
     assert_close(ewc.fisher, oracle.fisher(model, task))
     shift(model)
-    assert ewc().item() == pytest.approx(written_out([as_task(ewc)], model, 1.0).item())
+    assert ewc().item() == pytest.approx(written_out([as_task(ewc)], model, ewc.strength).item())
 
 
 def test_row_33_chosen_by_the_other_name(kind):
@@ -60,9 +60,13 @@ def test_row_33_tied_later(kind):
     model[2].weight = model[0].weight
     # Both old anchors pull at the parameter that has taken both names.
     both = (model[0].weight, model[2].weight)
-    expected = 0.5 * sum(
-        (fisher[name] * (p - anchor[name]) ** 2).sum()
-        for name, p in zip(("0.weight", "2.weight"), both, strict=True)
+    expected = (
+        0.5
+        * ewc.strength
+        * sum(
+            (fisher[name] * (p - anchor[name]) ** 2).sum()
+            for name, p in zip(("0.weight", "2.weight"), both, strict=True)
+        )
     )
     assert ewc().item() == pytest.approx(expected.item())
     torch.testing.assert_close(
@@ -90,7 +94,7 @@ def test_row_34_replaced(kind, what):
         model[0] = new
     else:
         model[0].weight.data = new.weight.detach()
-    expected = written_out([as_task(ewc)], model, 1.0).item()
+    expected = written_out([as_task(ewc)], model, ewc.strength).item()
     with nullcontext() if what == "data" else pytest.warns(ReplacedParameterWarning):
         assert ewc().item() == pytest.approx(expected)
     ewc().backward()
@@ -264,7 +268,7 @@ def test_row_35_a_grown_head(kind):
     shift(model)
     rows = {"2.weight": model[2].weight[:CLASSES], "2.bias": model[2].bias[:CLASSES]}
     now = {**dict(model.named_parameters()), **rows}
-    expected = 0.5 * sum((old[n] * (now[n] - anchor[n]) ** 2).sum() for n in old)
+    expected = 0.5 * ewc.strength * sum((old[n] * (now[n] - anchor[n]) ** 2).sum() for n in old)
     assert ewc().item() == pytest.approx(expected.item(), rel=1e-5)
     ewc().backward()
     assert model[2].weight.grad[:CLASSES].any()
@@ -311,9 +315,13 @@ def test_row_35_grown_and_frozen(kind):
     assert same({name: fisher[name] for name in head}, head)
     shift(model)
     now = dict(model.named_parameters())
-    expected = 0.5 * sum(
-        (fisher[name] * (now[name][: len(fisher[name])] - anchor[name]) ** 2).sum()
-        for name in fisher
+    expected = (
+        0.5
+        * ewc.strength
+        * sum(
+            (fisher[name] * (now[name][: len(fisher[name])] - anchor[name]) ** 2).sum()
+            for name in fisher
+        )
     )
     assert ewc().item() == pytest.approx(expected.item(), rel=1e-5)
     ewc().backward()
@@ -323,7 +331,7 @@ def test_row_35_grown_and_frozen(kind):
 @pytest.mark.parametrize("by_name", [False, True])
 def test_row_35_rows_and_a_prior(by_name):
     prior = {"2.bias": torch.ones(CLASSES)} if by_name else 1.0
-    model, ewc = make(OnlineEWC, n_tasks=0, decay=0.0, prior_precision=prior)
+    model, ewc = make(OnlineEWC, n_tasks=0, decay=0.0, prior_precision=prior, strength=1.0)
     ewc.consolidate(make_task())
     grow(model, 1)
     assert ewc().item() == 0.0

@@ -56,7 +56,7 @@ def test_row_38_complex_parameter(kind):
     assert fisher.any()
     with torch.no_grad():
         model.weight.add_(0.1 + 0.2j)
-    expected = 0.5 * (fisher * (model.weight - anchor).abs() ** 2).sum()
+    expected = 0.5 * ewc.strength * (fisher * (model.weight - anchor).abs() ** 2).sum()
     assert ewc().item() == pytest.approx(expected.item())
     torch.testing.assert_close(
         torch.autograd.grad(ewc(), model.weight), torch.autograd.grad(expected, model.weight)

@@ -192,7 +192,7 @@ def test_row_32_the_state_lands_on_the_parameters_own_device_and_dtype(kind):
         assert other.fisher[name].device == parameter.device
         assert other.anchor[name].device == parameter.device
     assert other().item() == pytest.approx(
-        written_out([as_task(ewc)], model, 1.0).item(), rel=1e-12
+        written_out([as_task(ewc)], model, ewc.strength).item(), rel=1e-12
     )
 
 

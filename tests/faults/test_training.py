@@ -199,8 +199,12 @@ def test_row_44d_functional_call(kind):
     handed = {n: (p.detach() + 0.1).requires_grad_() for n, p in whole.named_parameters()}
     penalty = functional_call(whole, handed, ())
     fisher, anchor = as_task(ewc)
-    expected = 0.5 * sum(
-        (fisher[name] * (handed[f"model.{name}"] - anchor[name]) ** 2).sum() for name in fisher
+    expected = (
+        0.5
+        * ewc.strength
+        * sum(
+            (fisher[name] * (handed[f"model.{name}"] - anchor[name]) ** 2).sum() for name in fisher
+        )
     )
     assert penalty.item() == pytest.approx(expected.item(), rel=1e-5)
     found = torch.autograd.grad(penalty, list(handed.values()))
