@@ -332,6 +332,7 @@ class EWC(Copied):
             )
             with ranks.exchange("the curvature"):
                 curvature = measure(self._merging.precisions(restored.quadratics))
+            ranks.finish()
             self._commit(restored.warned_like(self._state), curvature)
 
     def _commit(

@@ -97,6 +97,8 @@ def restore(
 ) -> State:
     """Read what `dump` wrote, onto the devices of the model's parameters.
 
+    The caller ends the block of `ranks` with `finish`.
+
     Args:
         saved: What was loaded from the checkpoint.
         model: The unwrapped model.
@@ -146,7 +148,6 @@ def restore(
             stacklevel=3,
         )
     ordered = in_order(model, quadratics)
-    ranks.finish()
     return State({name: quadratics[name] for name in ordered}, n_tasks)
 
 

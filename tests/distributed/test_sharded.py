@@ -9,6 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -438,6 +439,31 @@ def at_a_point(rank: int, world: int) -> None:
 
 def test_the_penalty_at_a_point(two: Workers) -> None:
     two.run(at_a_point)
+
+
+def automatic_strength(rank: int, world: int) -> None:
+    """The number of one process: after a consolidation, a load of either state, and a release."""
+    model, plain = build("perceptron"), build("perceptron")
+    shard(model, "layers")
+    ewc, single = EWC(model, Classification()), EWC(plain, Classification())
+    for seed in (0, 1):
+        summary = ewc.consolidate([data("perceptron", 8, seed)])
+        single.consolidate([data("perceptron", 8, seed)])
+        assert summary.strength == ewc.strength == pytest.approx(single.strength, rel=1e-5)
+    for state in (ewc.state_dict(), ewc.state_dict(full=True)):
+        other = EWC(model, Classification())
+        other.load_state_dict(state)
+        assert other.strength == ewc.strength
+    for each in (ewc, single):
+        each.forget("4.weight", "4.bias")
+    assert ewc.strength == pytest.approx(single.strength, rel=1e-5)
+    strengths = [None] * world
+    dist.all_gather_object(strengths, ewc.strength)
+    assert len(set(strengths)) == 1
+
+
+def test_automatic_strength(two: Workers) -> None:
+    two.run(automatic_strength)
 
 
 def in_the_middle_of_training(rank: int, world: int) -> None:
