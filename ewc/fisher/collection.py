@@ -23,7 +23,7 @@ from ewc.fisher.numerics import full_precision
 from ewc.fisher.runner import Runner
 from ewc.fisher.sharded.lockstep import LockStep
 from ewc.fisher.sharded.model import ShardedModel
-from ewc.fisher.verification import verify
+from ewc.fisher.verification import check_independence, verify
 from ewc.likelihoods import Likelihood
 from ewc.model.guard import Guard
 from ewc.model.randomness import Randomness
@@ -166,11 +166,18 @@ def _run(
     accumulator = Accumulator(runner, coordination, sums, methods)
     vectorised = None if isinstance(methods, str) else methods
     remaining = batches if first is None else chain([first], batches)
+    # A first batch of one sample shows nothing of what the model does with two.
+    is_independence_known = verified_on.size > 1 or coordination.is_lockstep
     for bundle in coordination.bundles(reading, remaining, vectorised):
         if bundle is None:
             accumulator.run_uncounted(verified_on.take(0, 1))
-        else:
-            accumulator.add(bundle)
+            continue
+        if bundle.size > 1 and not is_independence_known:
+            batch = bundle.join()
+            with runner.explaining(f"batch {bundle.indices[0]}", batch):
+                check_independence(runner, _two_samples(batch))
+            is_independence_known = True
+        accumulator.add(bundle)
     accumulator.end()
     return accumulator
 

@@ -307,6 +307,7 @@ def _refuse(runner: Runner, subject: str | None, *, is_sure: bool = True) -> NoR
 def _message(subject: str, found: str, verb: str = "mixes") -> str:
     return (
         f"A model must treat the samples of a batch independently in eval mode; {subject} "
-        f"{verb} them: {found}. Fix: use running statistics (track_running_stats=True), or a norm "
-        "over each sample (GroupNorm, LayerNorm)."
+        f"{verb} them: {found}. Fix: compute each output from its own sample; in place of a norm "
+        "over the batch, use running statistics (track_running_stats=True) or a norm over each "
+        "sample (GroupNorm, LayerNorm)."
     )

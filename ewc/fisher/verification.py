@@ -1,6 +1,7 @@
 """Verifies the fast methods against the loop, on two samples of the first batch."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,11 +74,7 @@ def _verify(
     after = runner.randomness.position, others()
     reason = _DIFFERS if are_same(before, after) else _DRAWS
     if batch.size == 2:
-        both, first, _ = runs.outputs
-        refuse_mixing(runner, runs, batch)
-        refuse_comparing(runner, batch, both, first)
-        del both, first
-        runs.outputs.clear()
+        _refuse_dependent(runner, runs, batch)
     if not batch.vectorisable:
         return OBJECTS
     if batch.size == 1 and not coordination.is_lockstep:
@@ -114,6 +111,26 @@ def _verify(
         vectorised.fallback.setdefault(name, reason)
     vectorised.terms, vectorised.samples_dim = runner.terms, runner.samples_dim
     return vectorised
+
+
+def check_independence(runner: Runner, batch: Batch) -> None:
+    """Refuse a model or a likelihood for which the two samples of a batch are not independent.
+
+    Raises:
+        ValueError: A module mixes them, or the likelihood compares them.
+    """
+    runs = Runs(runner.outputs)
+    for part in (batch, batch.take(0, 1), batch.take(1, 2)):
+        runner.repeatably(partial(runs, part.raw, part.size))
+    _refuse_dependent(runner, runs, batch)
+
+
+def _refuse_dependent(runner: Runner, runs: Runs, batch: Batch) -> None:
+    both, first, _ = runs.outputs
+    refuse_mixing(runner, runs, batch)
+    refuse_comparing(runner, batch, both, first)
+    del both, first
+    runs.outputs.clear()
 
 
 def confirmed(error: Exception, again: Callable[[], object]) -> str:

@@ -101,6 +101,15 @@ def test_a_likelihood_that_compares_samples(
         ewc.consolidate([(x, y)])
 
 
+@pytest.mark.parametrize("read_ahead", [True, False], ids=["list", "generator"])
+def test_samples_are_compared_after_a_first_batch_of_one(read_ahead: bool) -> None:
+    net, x, y = data()
+    ewc = EWC(net, Custom(class_weights))
+    batches = list(zip(x.split([1, 5]), y.split([1, 5]), strict=True))
+    with unchanged(ewc, net), raises(ValueError, "the other samples of its batch"):
+        ewc.consolidate(batches if read_ahead else iter(batches))
+
+
 def test_exact_terms_that_compare_samples() -> None:
     class Centred(Subclass):
         def exact_terms(self, outputs: Tensor, *rest: Any) -> Tensor:

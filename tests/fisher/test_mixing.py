@@ -108,3 +108,31 @@ def test_random_numbers_are_not_mixing(draw: Any) -> None:
 def test_mixing_beside_random_numbers() -> None:
     with raises(ValueError, "module 'mixer' (Centred) mixes them"):
         consolidate(Noisy(normal, Centred()))
+
+
+@pytest.mark.filterwarnings("ignore::ewc.ZeroFisherWarning")  # one sample, centred, is zero
+@pytest.mark.parametrize("read_ahead", [True, False], ids=["list", "generator"])
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [1, 3], [1, 1, 2]])
+def test_mixing_after_a_first_batch_of_one_sample(sizes: list[int], read_ahead: bool) -> None:
+    """Batches of one sample run alone, from a generator, are never mixed."""
+    x, y = data()
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    net = Amplifying(Centred())
+    ewc = EWC(net, Classification())
+    if not read_ahead and max(sizes) == 1:
+        ewc.consolidate(iter(batches))
+        return
+    with (
+        unchanged(ewc, net),
+        raises(ValueError, "module 'mixer' (Centred) mixes them"),
+    ):
+        ewc.consolidate(batches if read_ahead else iter(batches))
+
+
+@pytest.mark.parametrize("read_ahead", [True, False], ids=["list", "generator"])
+def test_no_mixing_after_a_first_batch_of_one_sample(read_ahead: bool) -> None:
+    x, y = data()
+    for net in (Noisy(normal), Amplifying()):
+        batches = list(zip(x.split([1, 3]), y.split([1, 3]), strict=True))
+        with unchanged(None, net):
+            EWC(net, Classification()).consolidate(batches if read_ahead else iter(batches))
