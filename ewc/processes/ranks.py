@@ -264,6 +264,7 @@ class Ranks:
 
         Raises:
             KeyboardInterrupt: This process was interrupted, and others did not arrive in time.
+            PeerFailure: Another one was.
         """
         values = torch.tensor(numbers, dtype=torch.int64, device=self._device)
         for group in self._all:
@@ -273,19 +274,30 @@ class Ranks:
                 # Whoever arrives later must find all that this process owes to the barrier.
                 self._is_over = True
                 values = torch.tensor([1, 0, 0, 0], device=self._device)
+        if self._is_over and self._interrupts.since is None:
+            raise PeerFailure
         if self._is_over:
             raise KeyboardInterrupt("interrupted while it waited for other processes")
         found: list[int] = values.tolist()
         return found
 
     def _wait(self, work: Any) -> bool:
-        """Wait for a collective; whether it has ended before an interrupted process leaves."""
+        """Wait for a collective; whether it has ended before this process leaves.
+
+        It leaves if it was interrupted, or if another one was, which may have left already.
+        """
         started, pause = time.monotonic(), _FIRST_PAUSE
+        heard: float | None = None
         while not work.is_completed():
             if self._interrupts.since is not None:
                 self._report(KeyboardInterrupt())  # others may hear of it before they arrive
                 if time.monotonic() - max(started, self._interrupts.since) > PATIENCE:
                     return False
+            elif heard is not None:
+                if time.monotonic() - heard > 2 * PATIENCE:
+                    return False
+            elif self._reports is not None and self._reports.tell_of_an_interrupt():
+                heard = time.monotonic()
             time.sleep(pause)
             pause = min(_GROWTH * pause, _LONGEST_PAUSE)
         work.wait()

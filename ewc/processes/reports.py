@@ -56,15 +56,23 @@ class Reports:
         deadline = time.monotonic() + _PATIENCE
         while not any(map(self._exist, self._keys)) and time.monotonic() < deadline:
             time.sleep(_INTERVAL / 10)
+        found = self._found()
+        unheard = [key for key in self._keys if not self._exist(key)]
+        for failure in found:
+            self.add(failure, unheard)
+        return found
+
+    def tell_of_an_interrupt(self) -> bool:
+        """Whether a process is known to have been interrupted; looks only from time to time."""
+        return self.are_known() and any(": KeyboardInterrupt: " in each for each in self._found())
+
+    def _found(self) -> list[str]:
         found: dict[str, None] = {}
         for key in filter(self._exist, self._keys):
             index = 1
             while self._store.check([f"{key}/{index}"]):
                 found[self._store.get(f"{key}/{index}").decode()] = None
                 index += 1
-        unheard = [key for key in self._keys if not self._exist(key)]
-        for failure in found:
-            self.add(failure, unheard)
         return list(found)
 
     def _exist(self, key: str) -> bool:

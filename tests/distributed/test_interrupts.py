@@ -198,6 +198,33 @@ def test_row_46e_while_it_waits_for_another(two: Workers, sharded: bool, where: 
     assert left < late
 
 
+def left_alone(rank: int, world: int) -> float:
+    """A process looks for reports, stalls, and arrives where another one has left meanwhile."""
+    case = Case(rank, world, sharded=False)
+    case.consolidated()
+    stalled = 4
+
+    def act(number: int, where: str) -> None:
+        if (number, where) == (stalled, "before"):
+            if rank == 0:
+                time.sleep(4 * PATIENCE)  # behind its look
+            else:
+                interrupted_later(0.2)
+
+    started = time.monotonic()
+    with counting(act):
+        assert case.consolidated() == "interrupted"
+    took = time.monotonic() - started
+    if rank:  # it was not at the barrier that the other one has left
+        torch.distributed.all_reduce(torch.zeros(4, dtype=torch.int64))
+    case.check()
+    return took
+
+
+def test_row_46e_no_process_waits_for_one_that_has_left(two: Workers) -> None:
+    assert max(two.run(left_alone)) < 4 * PATIENCE + SOON
+
+
 def other_handlers(rank: int, world: int) -> None:
     """A handler that raises nothing does not stop anything; one that does is obeyed."""
     case = Case(rank, world, True)
