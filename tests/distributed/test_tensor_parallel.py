@@ -33,7 +33,8 @@ def assert_right(
         for parameter in model.parameters():
             parameter.mul_(1.1)
     moved = {name: full(p) for name, p in model.named_parameters()}
-    penalty = sum((tasks * expected[n] * (moved[n] / 11) ** 2).sum() for n in expected) / 2
+    squares = sum((tasks * expected[n] * (moved[n] / 11) ** 2).sum() for n in expected)
+    penalty = 0.5 * ewc.strength * squares
     torch.testing.assert_close(ewc().detach().double(), penalty, rtol=1e-4, atol=1e-12)
     with torch.no_grad():
         for parameter in model.parameters():
