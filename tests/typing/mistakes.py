@@ -30,6 +30,8 @@ EWC(model, Classification(), fisher_type="emprical")  # error
 EWC(model, Classification(), reduction="average")  # error
 EWC(model, Classification(), 300.0)  # error
 EWC(model, nn.CrossEntropyLoss())  # error
+EWC(model, Classification(), strength="automatic")  # error
+EWC(model, Classification()).strength = "automatic"  # error
 EWC(model, Classification(), process_group="world")  # error
 EWC(model, Classification(), forward="forward")  # error
 OnlineEWC(model, Classification(), fisher_type="fisher")  # error

@@ -179,6 +179,7 @@ def main() -> None:
     assert moved >= 0
     assert alone.keys() == {"weight", "bias"}
     ewc_.strength = 2 * ewc_.strength
+    ewc_.strength = "auto"
     fisher: dict[str, Tensor] = ewc_.fisher
     assert fisher.keys() == ewc_.anchor.keys()
 
