@@ -15,6 +15,7 @@ from torch import nn
 
 import ewc as package
 from ewc import Classification, NothingProtectedWarning, OnlineEWC
+from tests.support import groups
 from tests.support.asserts import raises, unchanged
 from tests.support.tasks import (
     CLASSES,
@@ -540,7 +541,7 @@ def test_row_31_any_wrapper(kind, tmp_path):
                 target.load_state_dict(source.state_dict())
                 assert same_state(target, *expected)
     finally:
-        torch.distributed.destroy_process_group()
+        groups.destroy()
 
 
 def test_row_47_a_state_loads_with_weights_only(kind):

@@ -15,6 +15,7 @@ from ewc.model.names import (
     nearest,
     unwrap,
 )
+from tests.support import groups
 
 
 class TestUnwrap:
@@ -36,7 +37,7 @@ class TestUnwrap:
             assert unwrap(wrapped) is model
             assert list(named_parameters(wrapped)) == list(dict(model.named_parameters()))
         finally:
-            torch.distributed.destroy_process_group()
+            groups.destroy()
 
     def test_checkpoint_wrapper(self, model):
         assert unwrap(checkpoint_wrapper(model)) is model

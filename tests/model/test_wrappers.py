@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ewc import EWC, Classification, OnlineEWC, diagonal_fisher
+from tests.support import groups
 from tests.support.asserts import raises
 from tests.support.tasks import make_model, make_task
 
@@ -20,7 +21,7 @@ def world(tmp_path: Path) -> Iterator[None]:
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
     yield
-    torch.distributed.destroy_process_group()
+    groups.destroy()
 
 
 def made_up(home: str, name: str, *bases: type) -> type:

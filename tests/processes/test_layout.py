@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.torch_version import TorchVersion
 
 from ewc import EWC, Classification, OnlineEWC
+from tests.support import groups
 from tests.support.asserts import raises
 from tests.support.tasks import make_model, make_task, shift
 from tests.support.versions import SHARDS
@@ -22,11 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:DTensor random operators may not
 PARTS = ("PyTorch must be 2.12 or later for sharded parameters", "PyTorch 2.", "torch>=2.12")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def world() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    groups.destroy()
 
 
 @pytest.fixture(params=["as it is", "2.11.0"])
