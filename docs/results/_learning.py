@@ -131,6 +131,7 @@ class Learner:
         strength: lambda, or `"auto"`.
         relative: `strength` is k, for lambda = k / largest entry after each consolidation.
         decay: None for `EWC`, else that of `OnlineEWC`.
+        prior: `prior_precision` of `OnlineEWC`; with `decay` 0, an L2 pull to the latest anchor.
         optimizer: From parameters to an optimizer, a new one for each task.
         hidden: The width of both hidden layers.
         batch: Samples per step.
@@ -142,6 +143,7 @@ class Learner:
     strength: float | Literal["auto"] = "auto"
     relative: bool = False
     decay: float | None = None
+    prior: float = 0.0
     optimizer: Optimizer = adam
     hidden: int = 100
     batch: int = 64
@@ -165,7 +167,8 @@ class Learner:
             if self.decay is None:
                 self.ewc = EWC(self.model, likelihood, **options)
             else:
-                self.ewc = OnlineEWC(self.model, likelihood, decay=self.decay, **options)
+                options |= {"decay": self.decay, "prior_precision": self.prior}
+                self.ewc = OnlineEWC(self.model, likelihood, **options)
 
     def learn(self, *tasks: Task) -> bool:
         """Train on a task, or on several jointly; whether the parameters stayed finite."""

@@ -21,8 +21,11 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent
-sys.path.append(str(FOLDER.parent / "benchmarks"))
-from _harness import machine, markers, write  # noqa: E402
+IMAGES = FOLDER.parent / "images"
+sys.path += [str(FOLDER.parent / "benchmarks"), str(FOLDER.parent / "examples")]
+from _harness import interleave, machine, markers, number, table, write  # noqa: E402
+
+__all__ = ["interleave", "number", "table"]  # of the benchmarks, for the scripts here
 
 Run = dict[str, Any]
 SEEDS = tuple(range(10))
@@ -141,13 +144,15 @@ class Study:
         name: That of its script, its JSON file and its page.
         run: Makes the runs: `run(store, quick)`. The quick form takes seconds.
         tables: From the runs to Markdown, by the name of the table.
-        draw: From the runs to pictures beside the page, if there are any.
+        draw: From the runs to pictures, if there are any.
+        stored: The script whose runs it shows, if it makes none of its own.
     """
 
     name: str
     run: Callable[[Store, bool], None]
     tables: Callable[[Store], Mapping[str, str]]
     draw: Callable[[Store], None] | None = None
+    stored: str | None = None
 
     @property
     def page(self) -> Path:
@@ -157,7 +162,7 @@ class Study:
     @property
     def file(self) -> Path:
         """Where the runs are kept."""
-        return FOLDER / f"{self.name}.json"
+        return FOLDER / f"{self.stored or self.name}.json"
 
     def blocks(self, store: Store) -> dict[str, str]:
         """What stands on the page: by marker, the command, a table, and where it comes from."""
