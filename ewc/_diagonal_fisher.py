@@ -37,21 +37,23 @@ def diagonal_fisher(
     share of the data.
 
     Args:
-        model: As for `EWC`.
-        batches: As for `EWC.consolidate`.
-        likelihood: As for `EWC`.
-        parameters: As for `EWC`.
-        forward: As for `EWC`.
-        fisher_type: As for `EWC`.
-        reduction: As for `EWC`.
-        max_samples: As for `EWC`.
-        dataset_size: As for `EWC.consolidate`.
-        generator: As for `EWC.consolidate`.
-        process_group: As for `EWC`.
+        model: The model, wrapped (DDP, compiled, ...) or not.
+        batches: Any iterable of batches, in the forms that `EWC.consolidate` takes.
+        likelihood: The distribution of the targets that the outputs describe.
+        parameters: Names, or `(name, parameter)` pairs; `None`: every parameter with
+            `requires_grad`.
+        forward: `forward(model, batch) -> outputs`, in place of the model called on the inputs.
+        fisher_type: `"empirical"`, `"exact"` or `"mc"`.
+        reduction: `"mean"` or `"sum"` over the samples.
+        max_samples: The most samples, over all processes together.
+        dataset_size: N of `reduction="sum"`. By default the samples seen, or
+            `len(batches.dataset)` if `max_samples` has ended the pass early.
+        generator: Source of the draws of `fisher_type="mc"`. By default the global one.
+        process_group: The group over which batches are sharded.
 
     Returns:
-        For each parameter, by canonical name, a tensor of its shape: real, `>= 0`, in at least
-        float32, on its device, and sharded as it is.
+        Tensors of the parameters' shapes, by canonical name. They are real, `>= 0`, in at least
+        float32, on the parameters' devices, and sharded as the parameters are.
 
     Raises:
         TypeError: An argument is of the wrong kind.

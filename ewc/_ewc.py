@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 class EWC(Copied):
     r"""Elastic Weight Consolidation: a penalty that protects earlier tasks in training.
 
-    The penalty after `T` consolidations is
+    The penalty after `T` consolidations is::
 
         strength / 2 * sum over t <= T and entries i of F[t, i] * (theta[i] - anchor[t, i])^2
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class OnlineEWC(EWC):
     r"""Elastic Weight Consolidation with one anchor, and a Fisher in which earlier tasks decay.
 
-    After task `t`,
+    After task `t`, with `theta` for the parameters::
 
         F~[t] = F[t] + decay * F~[t-1]
         penalty = strength / 2 * sum of (decay * F~[t] + prior_precision) * (theta - anchor)^2
@@ -41,16 +41,19 @@ class OnlineEWC(EWC):
 
     Source: Schwarz et al., "Progress & Compress", ICML 2018, eq. 8.
 
+    The methods, and all arguments before `decay`, are those of `EWC`.
+
     Args:
-        model: As for `EWC`.
-        likelihood: As for `EWC`.
-        strength: As for `EWC`.
-        parameters: As for `EWC`.
-        forward: As for `EWC`.
-        fisher_type: As for `EWC`.
-        reduction: As for `EWC`.
-        max_samples: As for `EWC`.
-        process_group: As for `EWC`.
+        model: The model whose parameters are protected, wrapped (DDP, compiled, ...) or not.
+        likelihood: The distribution of the targets that the outputs describe.
+        strength: lambda, a finite number `>= 0`, or `"auto"`.
+        parameters: Names, or `(name, parameter)` pairs; `None`: every parameter with
+            `requires_grad` when a consolidation starts.
+        forward: `forward(model, batch) -> outputs`, in place of the model called on the inputs.
+        fisher_type: `"empirical"`, `"exact"` or `"mc"`.
+        reduction: `"mean"` or `"sum"` over the samples of a task.
+        max_samples: The most samples per consolidation, over all processes together.
+        process_group: The group over which batches are sharded.
         decay: gamma, in `[0, 1]`.
         prior_precision: A number `>= 0`, or `{name: tensor}` of the parameters' shapes. Names
             that it lacks have no prior, nor do rows that a parameter gains later. It is added once,

@@ -36,7 +36,7 @@ def plot_fisher(ewc: EWC, *, rows: int = ROWS) -> "Figure":
         rows: The most rows, `>= 1`.
 
     Returns:
-        A pyplot figure: `.savefig(path)`, or `plt.show()`.
+        A figure of pyplot, for `.savefig(path)` or `plt.show()`.
 
     Raises:
         ImportError: matplotlib is not installed.

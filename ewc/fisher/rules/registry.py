@@ -57,8 +57,7 @@ class Operation(Protocol):
     def shared(self, tensor: Tensor) -> Tensor:
         """The value of a tensor that is the same for all samples, `[*shape]`.
 
-        Raises:
-            DivergentBranches: It differs; the samples are grouped by it.
+        If it differs, the samples are grouped by it and run again.
         """
         ...
 
