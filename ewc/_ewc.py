@@ -57,7 +57,7 @@ class EWC(Copied):
         model: The model whose parameters are protected, wrapped (DDP, compiled, ...) or not.
         likelihood: The distribution of the targets that the outputs describe.
         strength: lambda, a finite number `>= 0`; or `"auto"`, a number that is taken from the
-            curvature of the penalty after each consolidation, and undoes its scale: 10 divided by
+            curvature of the penalty after each consolidation, and undoes its scale: 5 divided by
             its largest entry.
         parameters: `None`: every parameter with `requires_grad` when a consolidation starts. Else
             names, or `(name, parameter)` pairs of this model.

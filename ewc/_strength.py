@@ -8,7 +8,7 @@ import torch
 from ewc._checks import number
 from ewc._summary import Curvature, combined
 
-FACTOR = 10.0
+FACTOR = 5.0
 """What `"auto"` divides by the largest entry of the curvature. `docs/strength.md` has the
 measurements that it was chosen by."""
 
