@@ -1,7 +1,7 @@
 """The formulas on the page of the audit, executed: each equals the Fisher here times its factor.
 
 Written anew from the lines that the page names; no code of those projects is in here. The factor is
-read from the page's last column, and the numbers of its first paragraph are counted in its tables.
+read from the page's second column. The numbers of its first paragraph are counted in its tables.
 """
 
 import itertools
@@ -320,8 +320,7 @@ def test_links_are_to_the_commit_of_their_row() -> None:
             address, row.link
         ).groups()
         assert repository == row.repository
-        assert commit.startswith(row.commit)
-        assert len(row.commit) == 7
+        assert row.commit == f"`{commit[:7]}`"
         assert path.split("/")[-1] == name
         assert lines == [first, last]
 

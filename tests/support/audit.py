@@ -15,12 +15,13 @@ PAGE = (Path(__file__).parents[2] / "docs" / "audit.md").read_text(encoding="utf
 
 class Row(NamedTuple):
     repository: str
-    commit: str
-    link: str
+    strength: str
+    penalty: str
     labels: str
     mode: str
-    penalty: str
-    strength: str
+    then: str
+    commit: str
+    link: str
 
 
 def rows(section: str) -> dict[str, Row]:
@@ -28,12 +29,8 @@ def rows(section: str) -> dict[str, Row]:
     text = re.split(r"^## ", PAGE, flags=re.MULTILINE)
     (part,) = [each for each in text if each.startswith(f"{section}\n")]
     table = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| [")]
-    found = [
-        Row(re.findall(r"\[(.*?)\]", code)[0], commit.strip("`"), link, labels, mode, *rest)
-        for code, commit, link, labels, mode, _, *rest in (
-            row if len(row) == 8 else [*row[:6], "none", row[6]] for row in table
-        )
-    ]
+    table = [row if len(row) == 8 else [*row[:2], "none", *row[2:]] for row in table]
+    found = [Row(re.findall(r"\[(.*?)\]", code)[0], *rest) for code, *rest in table]
     assert len({row.repository for row in found}) == len(found)
     return {row.repository: row for row in found}
 
