@@ -14,6 +14,7 @@ version = release = ewc.__version__
 language = "en"
 
 extensions = [
+    "examples",
     "formulas",
     "reference",
     "myst_parser",

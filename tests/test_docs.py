@@ -58,12 +58,14 @@ def test_snippets_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         "README",
         "adding-a-rule",
+        "faq",
         "from-avalanche",
         "from-hypnettorch",
         "from-other-code",
         "how-it-works",
         "likelihoods",
         "quickstart",
+        "troubleshooting",
     ],
 )
 def test_pages_that_show_code_have_blocks_that_run(name: str) -> None:
@@ -108,8 +110,31 @@ def test_the_links_of_the_readme_work_on_a_package_index() -> None:
 def test_the_version_is_the_same_in_all_places() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8")
     assert f"## [{ewc.__version__}]" in changelog
     assert f"\nversion: {ewc.__version__}\n" in citation
+    assert f"version = {{{ewc.__version__}}}" in page
+
+
+def test_the_page_on_citing_has_what_the_citation_file_has() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "citing.md").read_text(encoding="utf-8").replace("\\&", "&")
+    found = re.findall(r"^ *(?:- )?(?:doi|title|journal|year): (.+)$", citation, re.MULTILINE)
+    values = [each.strip('"') for each in found]
+    assert len(values) > 5
+    assert [each for each in values if each not in page] == []
+
+
+def test_every_error_and_warning_has_a_heading_in_troubleshooting() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    headings = "\n".join(re.findall(r"^#+ (.+)$", page, re.MULTILINE))
+    kinds = [
+        name
+        for name in ewc.__all__
+        if isinstance(getattr(ewc, name), type) and issubclass(getattr(ewc, name), Exception)
+    ]
+    assert kinds
+    assert [name for name in kinds if name not in headings] == []
 
 
 def with_examples() -> list[object]:
