@@ -166,15 +166,17 @@ def _run(
     accumulator = Accumulator(runner, coordination, sums, methods)
     vectorised = None if isinstance(methods, str) else methods
     remaining = batches if first is None else chain([first], batches)
-    # A first batch of one sample shows nothing of what the model does with two.
+    # A first batch of one sample shows nothing of what the model does with two. Batches of one that
+    # are bundled need not show it: every method runs the model on one sample at a time.
     is_independence_known = verified_on.size > 1 or coordination.is_lockstep
     for bundle in coordination.bundles(reading, remaining, vectorised):
         if bundle is None:
             accumulator.run_uncounted(verified_on.take(0, 1))
             continue
-        if bundle.size > 1 and not is_independence_known:
-            batch = bundle.join()
-            with runner.explaining(f"batch {bundle.indices[0]}", batch):
+        several = next(((index, each) for index, each in bundle if each.size > 1), None)
+        if several is not None and not is_independence_known:
+            index, batch = several
+            with runner.explaining(f"batch {index}", batch):
                 check_independence(runner, _two_samples(batch))
             is_independence_known = True
         accumulator.add(bundle)

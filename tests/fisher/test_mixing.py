@@ -114,13 +114,13 @@ def test_mixing_beside_random_numbers() -> None:
 @pytest.mark.parametrize("read_ahead", [True, False], ids=["list", "generator"])
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [1, 3], [1, 1, 2]])
 def test_mixing_after_a_first_batch_of_one_sample(sizes: list[int], read_ahead: bool) -> None:
-    """Batches of one sample run alone, from a generator, are never mixed."""
+    """Samples of batches of one are never mixed, bundled or not."""
     x, y = data()
     batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
     net = Amplifying(Centred())
     ewc = EWC(net, Classification())
-    if not read_ahead and max(sizes) == 1:
-        ewc.consolidate(iter(batches))
+    if max(sizes) == 1:
+        ewc.consolidate(batches if read_ahead else iter(batches))
         return
     with (
         unchanged(ewc, net),

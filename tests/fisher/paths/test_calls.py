@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from tests.fisher.paths.models import Net, Run, methods
+from tests.fisher.paths.models import Net, Run, for_one_sample, methods
 from tests.support.fisher import TYPES
 from tests.support.versions import needs_causal_bias
 
@@ -42,6 +42,7 @@ def view(net: Net, x: Tensor) -> Tensor:
     return net.last(moved[:, :5] + moved[:, 5:10])
 
 
+@for_one_sample
 def sizes_in_tensors(net: Net, x: Tensor) -> Tensor:
     """Sizes computed from values, equal for all samples."""
     h = net.first(x) * net.vector

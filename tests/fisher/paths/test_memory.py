@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fisher.paths.models import Net, Run, methods
+from tests.fisher.paths.models import Net, Run, for_one_sample, methods
 from tests.support.fisher import TYPES
 
 pytestmark = [
@@ -37,6 +37,7 @@ def steps(net: Net, x: Tensor) -> Tensor:
     return net.last(out.mean(0))
 
 
+@for_one_sample
 def views(net: Net, x: Tensor) -> Tensor:
     """Two views made before the first write, used after it; the sum is that before all writes."""
     out = x.new_ones(3, len(x), 5)
@@ -78,6 +79,7 @@ def learned_part(net: Net, x: Tensor) -> Tensor:
     return net.last((out.prod(0) + first)[None])
 
 
+@for_one_sample
 def buffer(net: Net, x: Tensor) -> Tensor:
     net.buffer[:1] = hidden(net, x)[:1].detach()
     net.buffer.mul_(2)
@@ -108,6 +110,7 @@ def index_put(net: Net, x: Tensor) -> Tensor:
     return net.last(out[None])
 
 
+@for_one_sample
 def index_with_samples(net: Net, x: Tensor) -> Tensor:
     """Only the index has samples, not what is written."""
     h, out = hidden(net, x), torch.ones(5, dtype=x.dtype)
@@ -115,6 +118,7 @@ def index_with_samples(net: Net, x: Tensor) -> Tensor:
     return net.last(h * out)
 
 
+@for_one_sample
 def masked_fill(net: Net, x: Tensor) -> Tensor:
     h = hidden(net, x)
     return net.last(h * torch.full((1, 5), 3.0, dtype=x.dtype).masked_fill_(h > 0, 2.0))
@@ -240,6 +244,7 @@ def reshaped(net: Net, x: Tensor) -> Tensor:
     return net.last(out)
 
 
+@for_one_sample
 def seen_as_another_dtype(net: Net, x: Tensor) -> Tensor:
     out = torch.zeros(10, dtype=x.dtype)
     pairs = torch.view_as_complex(out.view(5, 2))
@@ -253,6 +258,7 @@ def behind_the_graph(net: Net, x: Tensor) -> Tensor:
     return net.last(out * net.first(x))
 
 
+@for_one_sample
 def in_a_transform(net: Net, x: Tensor) -> Tensor:
     out = torch.zeros(3, 5, dtype=x.dtype)
     out[:] = hidden(net, x)

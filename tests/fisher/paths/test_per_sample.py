@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from tests.fisher.paths.models import Net, Run, methods
+from tests.fisher.paths.models import Net, Run, for_one_sample, methods
 from tests.support.fisher import TYPES, data, double, holds, sequences
 
 pytestmark = [
@@ -208,6 +208,7 @@ def test_a_method_that_was_bound_early(fisher_type: str) -> None:
 
 @pytest.mark.parametrize("fisher_type", TYPES)
 def test_parameters_of_a_function_have_copies(fisher_type: str) -> None:
+    @for_one_sample
     def run(net: Net, x: Tensor) -> Tensor:
         out, total, which, three = Layer.apply(
             net.first(x), {"scale": 2}, net.last.weight, net.last.bias
@@ -219,6 +220,7 @@ def test_parameters_of_a_function_have_copies(fisher_type: str) -> None:
 
 @pytest.mark.parametrize("fisher_type", TYPES)
 def test_samples_of_equal_sizes_are_one_group(fisher_type: str) -> None:
+    @for_one_sample
     def run(net: Net, x: Tensor) -> Tensor:
         h = hidden(net, x)
         return net.last(h) * h[h > 0].sum()
@@ -267,6 +269,7 @@ def test_experts_are_grouped_by_how_many_tokens_they_take(fisher_type: str) -> N
     assert set(holds(double(Experts), few, fisher_type).values()) == {"rule"}
 
 
+@for_one_sample
 def aliased(net: Net, x: Tensor) -> Tensor:
     """Writes into a view of which vmap has made a copy."""
     h = (net.first(x)[None].expand(3, -1, -1) * net.vector).transpose(0, 1)
