@@ -1,7 +1,6 @@
 """The diagonal Fisher as a picture.
 
-Only this module needs matplotlib, and it is imported by the first call:
-`pip install "ewc[plot]"`.
+Only this module needs matplotlib, and it is imported by the first call.
 """
 
 import math
@@ -131,6 +130,6 @@ def _pyplot() -> Any:
         import matplotlib.pyplot
     except ImportError as error:
         raise ImportError(
-            'matplotlib must be installed to draw; found none. Fix: pip install "ewc[plot]".'
+            "matplotlib must be installed to draw; found none. Fix: pip install matplotlib."
         ) from error
     return matplotlib.pyplot
