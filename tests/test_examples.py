@@ -207,6 +207,87 @@ class TestGallery:
             assert curve[-1, -1] > 0.5
         example.draw(results, 2 * example.EVERY, picture)
 
+    def test_lora(self, picture: Path) -> None:
+        example = load("lora")
+        runs = {}
+        for make in (example.turned, example.split):
+            found = [example.compare(make, seed, steps=20) for seed in range(2)]
+            runs[make.__name__] = {key: torch.cat([one[key] for one in found]) for key in found[0]}
+        for results in runs.values():
+            assert {tuple(accuracies.shape) for accuracies in results.values()} == {(2, 3)}
+            assert not torch.equal(results["adapter", 1.0], results["weights", 1.0])
+        example.draw(runs, picture)
+
+    def test_lora_changes_only_matrices_and_begins_at_the_base(self) -> None:
+        example = load("lora")
+        base = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        model = example.Adapted(base, rank=2)
+        assert list(model.weights()) == ["0.weight", "1.weight"]
+        torch.testing.assert_close(model.weights()["0.weight"], base[0].weight)
+        trained = {name for name, one in model.named_parameters() if one.requires_grad}
+        assert trained == {"down.0", "down.1", "up.0", "up.1"}
+
+    def test_merging(self, picture: Path) -> None:
+        example = load("merging")
+        runs = {}
+        for make in (example.turned, example.classes, example.covered):
+            found = [example.compare(make, seed, steps=20) for seed in range(2)]
+            results = {key: torch.stack([one[key] for one in found]) for key in found[0]}
+            for end in (0, -1):  # a share of 0 or 1 is one of the two models, in both ways
+                assert torch.equal(results["plain mean"][:, end], results["Fisher merging"][:, end])
+            runs[make.__name__] = results
+        example.draw(runs, picture)
+
+    def test_merging_weighs_by_the_fisher(self) -> None:
+        merged = load("merging").merged
+        a, b = {"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([5.0, 5.0])}
+        fishers = {"w": torch.tensor([3.0, 0.0])}, {"w": torch.tensor([1.0, 0.0])}
+        assert merged(a, b, *fishers, share=0.5)["w"].tolist() == [2.0, 3.0]
+
+    def test_unlearning(self, picture: Path) -> None:
+        example = load("unlearning")
+        sets = {}
+        for name, classes in example.CLASSES.items():
+            found = [example.forget(digit, classes, digit, steps=100) for digit in range(2)]
+            sets[name] = {key: torch.stack([one[key] for one in found]) for key in found[0]}
+        assert (sets["ten classes"]["output switched off"][:, 0] == 0).all()
+        example.draw(sets, picture)
+
+    def test_unlearning_dampens_what_the_forgotten_digit_alone_needs(self) -> None:
+        example = load("unlearning")
+        model = torch.nn.Linear(2, 1, bias=False)
+        torch.nn.init.ones_(model.weight)
+        forgotten, retained = torch.tensor([[8.0, 3.0]]), torch.tensor([[2.0, 2.0]])
+        dampened = example.dampen(model, {"weight": forgotten}, {"weight": retained}, alpha=2)
+        assert dampened.weight.tolist() == [[0.25, 1.0]]
+        assert model.weight.tolist() == [[1.0, 1.0]]
+
+    def test_masks(self, picture: Path) -> None:
+        example = load("masks")
+        found = [example.compare(seed, steps=10) for seed in range(2)]
+        learned, pruned = (
+            {key: torch.stack([one[key] for one in each]) for key in each[0]}
+            for each in zip(*found, strict=True)
+        )
+        assert "90 %" in example.table(pruned, example.PRUNED)
+        example.draw(learned, pruned, picture)
+
+    def test_masks_hold_the_most_important_weights_in_place(self) -> None:
+        example = load("masks")
+        torch.manual_seed(0)
+        (task,) = example.permuted_digits(1)
+        model = example.network()
+        order = example.importance(model, "magnitude", {})
+        frozen = example.largest(order, 0.3)
+        assert sum(int(one.sum()) for one in frozen.values()) == pytest.approx(
+            0.3 * sum(one.numel() for one in frozen.values()), abs=2
+        )
+        before = {name: one.detach().clone() for name, one in model.named_parameters()}
+        example.train(model, task, 5, None, frozen)
+        for name, after in model.named_parameters():
+            assert torch.equal(after[frozen[name]], before[name][frozen[name]])
+        assert not torch.equal(model[2].weight, before["2.weight"])
+
     @needs_sharding
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # as it is, for `resume`
     def test_sharded_on_a_single_process(self, tmp_path: Path) -> None:
@@ -221,16 +302,30 @@ class TestGallery:
         example.resume(tasks, tmp_path)  # asserts its own result
 
 
-class TestGalleryPage:
-    page = (DOCS / "gallery" / "index.md").read_text(encoding="utf-8")
+class TestGalleryPages:
+    folder = DOCS / "gallery"
+    names = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
 
-    def test_has_every_example(self) -> None:
-        names = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
-        commands = re.findall(r"^(?:python|torchrun .*) docs/examples/(\w+)\.py", self.page, re.M)
-        assert sorted(set(commands)) == names
+    def test_every_example_has_one(self) -> None:
+        pages = {path.stem for path in self.folder.glob("*.md")}
+        assert pages == {*self.names, "index"}
 
-    def test_has_pictures_that_exist(self) -> None:
-        pictures = re.findall(r"!\[[^]]+\]\((.+?)\)", self.page)
-        drawn = re.findall(r"--out docs/(images/\S+)$", self.page, re.M)
-        assert pictures == [f"../{path}" for path in drawn]
-        assert [path for path in drawn if not (DOCS / path).is_file()] == []
+    def test_the_index_lists_every_page(self) -> None:
+        index = (self.folder / "index.md").read_text(encoding="utf-8")
+        assert sorted(re.findall(r"^\| \[.+\]\((\w+)\.md\)", index, re.M)) == self.names
+        (contents,) = re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.M | re.S)
+        assert sorted(contents.split()[1:]) == self.names  # after `:hidden:`
+
+    @pytest.mark.parametrize("name", names)
+    def test_has_the_command_and_what_it_prints(self, name: str) -> None:
+        page = (self.folder / f"{name}.md").read_text(encoding="utf-8")
+        commands = re.findall(r"^(?:python|torchrun .*) docs/examples/(\w+)\.py", page, re.M)
+        assert set(commands) == {name}
+        assert len(re.findall(r"^```text$", page, re.M)) == len(commands)
+
+    @pytest.mark.parametrize("name", [name for name in names if name != "sharded"])
+    def test_has_the_picture_that_the_command_draws(self, name: str) -> None:
+        page = (self.folder / f"{name}.md").read_text(encoding="utf-8")
+        assert re.findall(r"!\[[^]]+\]\((.+?)\)", page) == [f"../images/{name}.png"]
+        assert re.findall(r"--out docs/(\S+)$", page, re.M) == [f"images/{name}.png"]
+        assert (DOCS / "images" / f"{name}.png").is_file()
