@@ -317,3 +317,56 @@ class TestChoices:
     def test_an_unknown_table_is_an_error(self, choices: ModuleType) -> None:
         with pytest.raises(SystemExit):
             choices.main(["tpyes"])
+
+
+class TestStrength:
+    """`strength.json` has the runs; the page has the tables that are made of them."""
+
+    TABLES = ("scores", "sgd", "adam", "default", "proximal")
+    SETTING = "MLP, pixels, short"
+
+    @pytest.fixture
+    def strength(self) -> ModuleType:
+        pytest.importorskip("sklearn")
+        return importlib.import_module("strength")
+
+    @pytest.fixture
+    def sequel(self, strength: ModuleType) -> Any:
+        return strength.Sequel(replace(strength.SETTINGS[self.SETTING], steps=40), seed=0)
+
+    def test_the_page_has_the_tables(self, strength: ModuleType) -> None:
+        results = strength.Results(strength.RESULTS)
+        tables = strength.report(results.runs)
+        page = (ROOT / "docs" / "strength.md").read_text(encoding="utf-8")
+        assert tuple(tables) == self.TABLES
+        assert all(f"\n\n{text}\n\n{results.machine}." in page for text in tables.values())
+
+    def test_every_setting_builds_and_consolidates(self, strength: ModuleType) -> None:
+        for name, setting in strength.SETTINGS.items():
+            sequel = strength.Sequel(replace(setting, steps=1, tasks=2), seed=0)
+            found = sequel.run("largest", 1.0)
+            assert found["product"] == pytest.approx(1.0, rel=1e-3), name
+            assert found["scales"]["largest"] >= found["scales"]["top"] > 0, name
+
+    def test_beyond_the_bound_is_divergence_except_for_the_proximal_step(self, sequel: Any) -> None:
+        assert sequel.run("largest", 100.0)["diverged"]
+        assert not sequel.run("largest", 100.0, proximal=True)["diverged"]
+
+    def test_the_proximal_step_of_a_large_strength_is_the_anchor(self, sequel: Any) -> None:
+        model, ewc = sequel.model, sequel.ewc
+        ewc.strength = 1e20
+        strength = sys.modules["strength"]
+        strength.train(model, ewc, sequel.tasks[1], sequel.setting, 0, proximal=True)
+        protected = {name: one > 1e-9 for name, one in ewc.fisher.items()}
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                parameter.detach()[protected[name]], ewc.anchor[name][protected[name]]
+            )
+
+    def test_a_run_is_made_once(self, strength: ModuleType, tmp_path: Path) -> None:
+        path = tmp_path / "strength.json"
+        strength.measure(strength.Results(path), [self.SETTING], 1, ["largest"])
+        again = strength.Results(path)
+        before = list(again.runs)
+        strength.measure(again, [self.SETTING], 1, ["largest"])
+        assert before and again.runs == before
