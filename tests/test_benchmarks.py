@@ -322,7 +322,7 @@ class TestChoices:
 class TestStrength:
     """`strength.json` has the runs; the page has the tables that are made of them."""
 
-    TABLES = ("scores", "sgd", "adam", "default", "proximal")
+    TABLES = ("scores", "scales", "sgd", "adam", "default", "proximal")
     SETTING = "MLP, pixels, short"
 
     @pytest.fixture
@@ -369,4 +369,5 @@ class TestStrength:
         again = strength.Results(path)
         before = list(again.runs)
         strength.measure(again, [self.SETTING], 1, ["largest"])
-        assert before and again.runs == before
+        assert before
+        assert again.runs == before

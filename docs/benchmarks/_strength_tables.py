@@ -11,10 +11,8 @@ from typing import Any
 from _harness import table
 from _strength_settings import SETTINGS
 
-DEFAULT = ("largest", 10.0)
-APART = ("proximal", "beyond")
-"""What is no rule for a default."""
-GRADIENT = (("largest", 1), ("beyond", 10), ("beyond", 100))
+DEFAULT = ("largest", 5.0)
+RULES = ("largest", "top", "weighted", "mean", "layers")
 WITHIN = 3.0
 """Points: about as close to the best as three seeds can tell."""
 LITTLE = 2.0
@@ -50,25 +48,32 @@ class Measured:
         """The score of a guess."""
         return self.setting.data(1, 0)[0].floor
 
+    def scale(self, rule: str) -> float:
+        """The scale of the curvature without EWC, by one of the rules: the median over seeds."""
+        return statistics.median(run["scales"][rule] for run in self.of(("largest", 0)))
+
     @cached_property
     def none(self) -> float:
         """The mean average score without EWC."""
         return self.mean(("largest", 0))
 
     @cached_property
-    def best(self) -> Choice:
-        """The rule and k with the best mean average score, of those run for every seed."""
+    def complete(self) -> list[Choice]:
+        """What was run for every seed."""
         seeds = max(map(len, self.runs.values()))
-        choices = [c for c in self.runs if c[0] not in APART and len(self.of(c)) == seeds]
-        return max(choices, key=self.mean)
+        return [choice for choice, runs in self.runs.items() if len(runs) == seeds]
+
+    @cached_property
+    def best(self) -> Choice:
+        """The rule and k with the best mean average score."""
+        return max((choice for choice in self.complete if choice[0] in RULES), key=self.mean)
 
     def best_of(self, rule: str) -> Choice:
         """The best k of one rule."""
-        choices = [one for one in self.runs if one[0] == rule and one[1] > 0]
+        choices = [one for one in self.complete if one[0] == rule and one[1] > 0]
         return max(choices, key=self.mean, default=(rule, math.nan))
 
-    @cached_property
-    def tuned(self) -> float:
+    def searched(self, rules: Sequence[str] = RULES) -> float:
         """What a search gives: for each seed, the score of the choice that is best on the others.
 
         The best of many noisy means is above the mean of any of them. This is not.
@@ -76,9 +81,9 @@ class Measured:
         scores = {
             choice: {run["seed"]: run["average"] for run in runs}
             for choice, runs in self.runs.items()
-            if choice[0] not in APART
+            if choice[0] in rules and choice in self.complete
         }
-        seeds = set.intersection(*(set(by_seed) for by_seed in scores.values()))
+        seeds = {run["seed"] for runs in self.runs.values() for run in runs}
         if len(seeds) < 2:
             return math.nan
 
@@ -131,8 +136,10 @@ def scores(settings: Sequence[Measured]) -> str:
     for one in settings:
         cells = [_score(one, choice) for choice in choices]
         bound = "-" if one.setting.adaptive else f"{one.setting.bound:.0f}"
-        lines.append([one.name, bound, *cells])
-    return table(["setting", "SGD's bound of k", *(f"{k:g}" for _, k in choices)], lines)
+        lines.append([one.name, bound, f"{one.scale('largest'):.1g}", *cells])
+    return table(
+        ["setting", "SGD's bound of k", "largest entry", *(f"{k:g}" for _, k in choices)], lines
+    )
 
 
 def _score(one: Measured, choice: Choice) -> str:
@@ -144,11 +151,24 @@ def _score(one: Measured, choice: Choice) -> str:
     return f"**{text}**" if choice == one.best_of("largest") else text
 
 
+def scales(settings: Sequence[Measured]) -> str:
+    """How many times smaller than the largest entry the scales of the rules are."""
+    lines = []
+    for rule in RULES[1:]:
+        ratios = [one.scale("largest") / one.scale(rule) for one in settings]
+        lines.append([rule, *(f"{f(ratios):.1f}" for f in (min, statistics.median, max))])
+    return table(["largest entry / scale", "least", "median", "most"], lines)
+
+
 def rules(settings: Sequence[Measured], *, adaptive: bool) -> str:
     """Each rule and k, over all settings with SGD, or with Adam and AdamW."""
     group = [one for one in settings if one.setting.adaptive is adaptive]
-    choices = sorted({c for one in group for c in one.runs if c[0] not in APART and c[1] > 0})
-    lines = [_summed(choice, [one for one in group if one.of(choice)]) for choice in choices]
+    choices = sorted({c for one in group for c in one.complete if c[0] in RULES and c[1] > 0})
+    lines = []
+    for choice in choices:
+        measured = [one for one in group if choice in one.complete]
+        if choice[0] == "largest" or len(measured) == len(group):
+            lines.append(_summed(choice, measured))
     head = ["rule", "k", "behind the best: mean", "worst", "within 3 points"]
     head += ["share of the gain", "over half", "last task, behind none: mean", "worst", "diverged"]
     return table(head, lines)
@@ -187,7 +207,7 @@ def default(settings: Sequence[Measured], choice: Choice = DEFAULT) -> str:
                 f"{one.mean(choice):.1f} ± {one.deviation(choice):.1f}",
                 f"{one.mean(one.best):.1f} ({one.best[1]:g} / {one.best[0]})",
                 f"{one.behind(choice):.1f}",
-                f"{one.tuned - one.mean(choice):.1f}",
+                f"{one.searched() - one.mean(choice):.1f}",
                 f"{share:.2f}" if math.isfinite(share) else "-",
                 f"{one.mean(('largest', 0), 'last'):.1f}",
                 f"{one.mean(choice, 'last'):.1f}",
@@ -209,22 +229,49 @@ def default(settings: Sequence[Measured], choice: Choice = DEFAULT) -> str:
 def proximal(settings: Sequence[Measured]) -> str:
     """The proximal step beside the gradient of the penalty."""
     lines = []
+    differences: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for one in settings:
         base, own = one.best_of("largest"), one.best_of("proximal")
         if math.isnan(own[1]):
             continue
-        cells = [_beside(one, (r, float(f"{t * base[1]:.3g}"))) for r, t in GRADIENT]
+        cells = [_above(one, times * base[1]) for times in (1, 10, 100)]
         cells += [
             _beside(one, ("proximal", float(f"{t * base[1]:.3g}"))) for t in (0.1, 1, 10, 100, 1000)
         ]
-        difference = one.mean(own) - one.mean(base)
-        lines.append([one.name, f"{base[1]:g}", *cells, f"{difference:+.1f}"])
+        differences[one.setting.adaptive].append(
+            (one.mean(own) - one.mean(base), one.searched(["proximal"]) - one.searched(["largest"]))
+        )
+        lines.append(
+            [one.name, f"{base[1]:g}", *cells, *_signed(differences[one.setting.adaptive][-1])]
+        )
+    blank = [""] * 9
+    for adaptive, found in differences.items():
+        if not found:
+            continue
+        name = "mean with Adam and AdamW" if adaptive else "mean with SGD"
+        lines.append(
+            [name, *blank, *_signed([statistics.fmean(x) for x in zip(*found, strict=True)])]
+        )
     head = ["setting", "best k", *(f"gradient, x {t}" for t in ("1", "10", "100"))]
     head += [f"proximal, x {t}" for t in ("0.1", "1", "10", "100", "1000")]
-    return table([*head, "proximal's best - gradient's"], lines)
+    return table([*head, "proximal - gradient: best", "after a search"], lines)
+
+
+def _signed(points: Iterable[float]) -> list[str]:
+    return [f"{one:+.1f}" for one in points]
+
+
+def _above(one: Measured, k: float) -> str:
+    """With the smallest k that was measured from this one on."""
+    measured = [choice for choice in one.complete if choice[0] == "largest" and choice[1] >= k]
+    if not measured:
+        return "-" if one.setting.adaptive else "beyond the bound"
+    return _beside(one, min(measured))
 
 
 def _beside(one: Measured, choice: Choice) -> str:
+    if choice not in one.complete:
+        return "-"
     count = one.diverged(choice)
     return f"({count} diverge)" if count else f"{one.mean(choice):.1f}"
 
@@ -234,6 +281,7 @@ def report(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
     settings = by_setting(runs)
     return {
         "scores": scores(settings),
+        "scales": scales(settings),
         "sgd": rules(settings, adaptive=False),
         "adam": rules(settings, adaptive=True),
         "default": default(settings),

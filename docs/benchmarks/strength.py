@@ -70,13 +70,11 @@ RULES: dict[str, Callable[[Sequence[Tensor]], float]] = {
 }
 GRIDS: dict[str, tuple[float, ...]] = {
     "largest": (0, 0.1, 0.3, 1, 2, 3, 5, 10, 30, 100, 300, 1000, 1e4, 1e5),
-    "top": (3, 10),
     "weighted": (0.3, 1, 3, 10),
     "mean": (0.03, 0.1, 0.3, 1),
-    "layers": (1, 3),
 }
-TIMES = {"proximal": (0.1, 1.0, 10.0, 100.0, 1000.0), "beyond": (10.0, 100.0)}
-"""Multiples of the best k of `k / largest`: for the proximal step, and for the gradient itself."""
+TIMES = (0.1, 1.0, 10.0, 100.0, 1000.0)
+"""The proximal step is taken with these multiples of the best k of `k / largest`."""
 
 
 def curvature_of(ewc: EWC, setting: Setting) -> dict[str, Tensor]:
@@ -220,7 +218,9 @@ class Results:
         if self.path is not None:
             lines = ",\n".join(json.dumps(one) for one in self.runs)
             head = f'{{"machine": {json.dumps(self.machine)}, "runs": ['
-            self.path.write_text(f"{head}\n{lines}\n]}}\n", encoding="utf-8")
+            new = self.path.with_suffix(".new")  # so that what is killed here loses nothing
+            new.write_text(f"{head}\n{lines}\n]}}\n", encoding="utf-8")
+            new.replace(self.path)
 
     def best(self, setting: str) -> float:
         """The k of the rule `largest` with the best mean over seeds."""
@@ -240,7 +240,7 @@ def measure(
         results: Where they are recorded.
         names: Of settings.
         seeds: How many.
-        rules: Names of rules, or of `TIMES`.
+        rules: Names of rules, or `"proximal"`.
         ks: How many constants of each rule's grid at most.
     """
     for rule in rules:
@@ -253,15 +253,17 @@ def measure(
                 sequel = Sequel(SETTINGS[name], seed)
                 for k in missing:
                     proximal = rule == "proximal"
-                    found = sequel.run("largest" if rule in TIMES else rule, k, proximal=proximal)
+                    found = sequel.run("largest" if proximal else rule, k, proximal=proximal)
+                    if k:
+                        del found["scales"]  # those of k = 0 are shown; the file stays small
                     run = {"setting": name, "seed": seed, "rule": rule, "k": k, **found}
                     results.add(run)
                 results.save()
 
 
 def _grid(results: Results, name: str, rule: str) -> list[float]:
-    if rule in TIMES:
-        return [float(f"{times * results.best(name):.3g}") for times in TIMES[rule]]
+    if rule == "proximal":
+        return [float(f"{times * results.best(name):.3g}") for times in TIMES]
     if rule == "largest":  # with SGD, the first k beyond the bound is enough
         return [k for k in GRIDS[rule] if k < 3 * SETTINGS[name].bound]
     return [*GRIDS[rule]]
@@ -273,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     parser.add_argument("--quick", action="store_true", help="a minute; writes nothing")
     parser.add_argument("--write", action="store_true", help=f"also write into {PAGE.name}")
-    parser.add_argument("--rules", nargs="*", default=[*RULES, *TIMES])
+    parser.add_argument("--rules", nargs="*", default=[*GRIDS, "proximal"])
     parser.add_argument("--settings", nargs="*", default=[*SETTINGS], metavar="SETTING")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     arguments = parser.parse_args(argv)
