@@ -133,8 +133,9 @@ class Summary:
         return [
             f"  {name}: SGD is stable for lr < {limit:.3g}, with momentum 0.9 for "
             f"lr < {1.9 * limit:.3g}",
-            f"  if earlier tasks are forgotten, try {3 * self.strength:.3g}; "
-            f"if the current task is hardly learned, {self.strength / 3:.3g}",
+            f"  if earlier tasks are forgotten, try {2 * self.strength:.3g} (with Adam up to "
+            f"{20 * self.strength:.3g})",
+            f"  if the current task is hardly learned, try {0.4 * self.strength:.3g}",
         ]
 
     def table(self, rows: int = ROWS) -> str:

@@ -38,7 +38,8 @@ def test_repr_and_print_are_totals_and_table_and_reasons():
     assert repr(SUMMARY).splitlines() == [
         "Task 2: 60 samples, trace 12.5, largest entry 0.25",
         "  strength 4: SGD is stable for lr < 2, with momentum 0.9 for lr < 3.8",
-        "  if earlier tasks are forgotten, try 12; if the current task is hardly learned, 1.33",
+        "  if earlier tasks are forgotten, try 8 (with Adam up to 80)",
+        "  if the current task is hardly learned, try 1.6",
         "            entries   trace     mean  largest  path",
         "  0.weight    1,200   72.0%   0.0075     0.25  rule",
         "  0.bias         30   24.0%      0.1    0.125  rule",
@@ -59,7 +60,7 @@ def test_repr_is_capped():
         reasons=dict.fromkeys(names, "it is used out of sight"),
     )
     lines = repr(summary).splitlines()
-    assert len(lines) == 3 + 1 + 20 + 1 + 1  # totals, header, rows, "all", one reason
+    assert len(lines) == 4 + 1 + 20 + 1 + 1  # totals, header, rows, "all", one reason
     assert lines[-3].split()[:2] == ["31", "others"]
     assert lines[-1].startswith("  loop: 0.weight, 1.weight, ")
     assert lines[-1].endswith(", 5.weight, ... (50 in all), because it is used out of sight")
