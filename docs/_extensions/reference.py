@@ -33,8 +33,8 @@ def use_public_names(app: Sphinx, doctree: nodes.document) -> None:
         target = link["reftarget"]
         if link["refdomain"] == "py" and target in names:
             link["reftarget"] = names[target]
-            if link.astext() == target:
-                link.children = [nodes.inline(text=names[target].removeprefix("ewc."))]
+            if target in PUBLIC and link.astext() == target:
+                link.children = [nodes.inline(text=PUBLIC[target].removeprefix("ewc."))]
 
 
 def plain_signature(
