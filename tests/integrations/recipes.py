@@ -152,7 +152,8 @@ class Contract(ABC):
         with recorded() as steps:
             self.step(space, tmp_path, accumulate)
         (step,) = steps
-        assert_close(named(step, space.model), {name: loss[name] + penalty[name] for name in loss})
+        expected = {name: loss[name] + penalty[name] for name in loss}
+        assert_close(named(step, space.model), expected, 1e-5)  # of sums of float32, in parts
 
     def test_a_checkpoint_resumes_to_the_same_numbers(self, tmp_path: Path) -> None:
         whole = self.learned()

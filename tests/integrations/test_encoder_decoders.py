@@ -102,5 +102,6 @@ def test_the_fisher_is_that_of_the_models_own_loss(name: str) -> None:
     ewc = EWC(model, TimeSeries(Classification(), batch_first=True))
     summary = ewc.consolidate([batch])
     expected = oracle.squares(model, losses, SAMPLES)
-    assert_close(ewc.fisher, {key: each / SAMPLES for key, each in expected.items()}, 1e-12)
+    # The biases of keys have no gradient but rounding, which depends on the number of threads.
+    assert_close(ewc.fisher, {key: each / SAMPLES for key, each in expected.items()}, 1e-11)
     assert set(summary.paths.values()) <= {"rule", "unused"}
