@@ -130,8 +130,9 @@ class EWC(Copied):
 
     @strength.setter
     def strength(self, value: float | Literal["auto"]) -> None:
-        self._strength_option = Strength.checked(value)
-        self._strength = self._strength_option.in_use(self._curvature.values())
+        option = Strength.checked(value)
+        found = option, option.in_use(self._curvature.values())
+        self._strength_option, self._strength = found
 
     @property
     def n_tasks(self) -> int:
@@ -339,8 +340,9 @@ class EWC(Copied):
         self, state: State, curvature: Mapping[str, Curvature], binding: Binding | None = None
     ) -> None:
         """Replace the state, and what follows from it."""
-        self._state, self._binding, self._curvature = state, binding, curvature
-        self._strength = self._strength_option.in_use(curvature.values())
+        found = state, binding, curvature, self._strength_option.in_use(curvature.values())
+        # One statement: Python raises `KeyboardInterrupt` before it or after it.
+        self._state, self._binding, self._curvature, self._strength = found
 
     def __repr__(self) -> str:
         automatic = " (auto)" if self._strength_option.is_automatic else ""

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ewc import EWC, Classification
+from ewc._strength import FACTOR
 from tests.support.asserts import unchanged
-from tests.support.interrupts import CASES, Case, Mixed
-from tests.support.tasks import make_model, make_task
+from tests.support.interrupts import CASES, Case, Interrupt, Mixed
+from tests.support.tasks import make, make_model, make_task
 
 SWITCHES = (
     "torch/overrides.py",
@@ -48,6 +49,37 @@ def test_row_17_ctrl_c_where_gradients_and_inference_mode_were_off():
         with switched():
             for step in random.Random(0).sample(range(1, steps), 4):
                 interrupted.at(step)
+
+
+@pytest.mark.parametrize("of_c", [False, True], ids=["lines", "functions of C"])
+@pytest.mark.parametrize("what", ["load", "release", "assignment"])
+def test_row_17_ctrl_c_leaves_the_strength_of_the_state(what, of_c):
+    _, ewc = make(EWC)
+    before = ewc.state_dict()
+    _, other = make(EWC, n_tasks=2)
+    state = other.state_dict()
+    top = max(ewc.fisher, key=lambda name: ewc.fisher[name].max().item())
+
+    def run():
+        if what == "load":
+            ewc.load_state_dict(state)
+        elif what == "release":
+            ewc.forget(top)
+        else:
+            ewc.strength = "auto"
+
+    def reset():
+        ewc.load_state_dict(before)
+        ewc.strength = 3.0 if what == "assignment" else "auto"
+
+    interrupt = Interrupt(run, of_c=of_c)
+    steps = len(interrupt.places())
+    for step in range(max(1, steps - 200), steps):
+        reset()
+        interrupt.at(step)
+        largest = max(each.max().item() for each in ewc.fisher.values())
+        allowed = [3.0] if what == "assignment" else []
+        assert ewc.strength in [*allowed, pytest.approx(FACTOR / largest)], interrupt.place
 
 
 class Ends(nn.Module):
