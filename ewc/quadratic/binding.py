@@ -16,13 +16,16 @@ from ewc.model.live import LiveParameters
 from ewc.model.names import find
 from ewc.processes.layout import Groups, is_sharded, local, same_layout, shard_groups
 from ewc.processes.reductions import differentiable_sum_over, is_first_rank
-from ewc.quadratic.penalty import Penalty, expression
+from ewc.quadratic.penalty import Penalty, expression, result_dtype
 from ewc.quadratic.point import Point
 from ewc.quadratic.quadratic import Quadratic, fits, protected_rows
 from ewc.quadratic.state import State
 
 Precision = Callable[[str, Quadratic], Tensor]
 """The curvature of the penalty for a parameter, given its name and its quadratic."""
+
+_Traced = tuple[list[Tensor], list[Tensor], list[Tensor], list[float], list[Tensor]]
+"""Of a term: thetas, precisions, anchors, constants, and the parameters that they belong to."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def traced_penalty(
         untraced: Any = _untraced_penalty
         value: Tensor = untraced(model, state, precision, strength, at)
         return value
-    members: dict[Groups, tuple[list[Tensor], list[Tensor], list[Tensor], list[float]]] = {}
+    members: dict[Groups, _Traced] = {}
     for name, quadratic in state.quadratics.items():
         parameter = find(model, name)
         if parameter is None or not fits(quadratic.anchor.shape, parameter.shape):
@@ -132,18 +135,20 @@ def traced_penalty(
                 "Protected parameters must keep their names and shapes; found that "
                 f"{name!r} is gone or has changed its shape."
             )
-        term = members.setdefault(shard_groups(parameter), ([], [], [], []))
+        term = members.setdefault(shard_groups(parameter), ([], [], [], [], []))
         term[0].append(local(protected_rows(at.get(name, parameter), quadratic.anchor)))
         term[1].append(local(precision(name, quadratic)))
         term[2].append(local(quadratic.anchor))
         term[3].append(quadratic.constant)
+        term[4].append(parameter)
     values = []
-    for groups, (thetas, precisions, anchors, constants) in members.items():
+    for groups, (thetas, precisions, anchors, constants, parameters) in members.items():
         constant = 0.0
         if is_first_rank(groups):
             for each in constants:  # the compiler of PyTorch 2.6 cannot restart after a `sum`
                 constant = constant + each
-        value = expression(thetas, precisions, anchors, constant, strength)
+        dtype = result_dtype(parameters)  # whatever the dtype of the point
+        value = expression(thetas, precisions, anchors, constant, strength, dtype)
         values.append(differentiable_sum_over(value, groups))
     return _sum(values)
 

@@ -89,14 +89,15 @@ def expression(
     anchors: Sequence[Tensor],
     constant: float,
     strength: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """The same penalty by plain operations, which a compiler can fuse."""
+    """The same penalty by plain operations, which a compiler can fuse, in the given dtype."""
     for kind in {theta.device.type for theta in thetas}:
         if torch.is_autocast_enabled(kind):
             # No context manager of our own: the compiler inlines them only from torch 2.11 on.
             with torch.autocast(kind, enabled=False):
-                return expression(thetas, precisions, anchors, constant, strength)
-    dtype, device = result_dtype(thetas), thetas[0].device
+                return expression(thetas, precisions, anchors, constant, strength, dtype)
+    device = thetas[0].device
     value = torch.zeros((), dtype=dtype, device=device)
     for theta, precision, anchor in zip(thetas, precisions, anchors, strict=True):
         distance = theta - anchor.to(theta.device)

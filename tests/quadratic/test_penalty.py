@@ -5,7 +5,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ewc.quadratic import kernels
-from ewc.quadratic.penalty import Penalty, expression
+from ewc.quadratic.penalty import Penalty, expression, result_dtype
 
 BLOCK = kernels.CPU.block
 
@@ -69,7 +69,7 @@ def test_value_and_gradient(shapes, dtype, form):
     if form == "one pass":
         value = Penalty(thetas, precisions, anchors, 0.3)(thetas, 2.5)
     else:
-        value = expression(thetas, precisions, anchors, 0.3, 2.5)
+        value = expression(thetas, precisions, anchors, 0.3, 2.5, result_dtype(thetas))
     expected, gradients = exact(thetas, precisions, anchors, 0.3, 2.5)
     assert value.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -84,7 +84,7 @@ def test_half_precision_is_computed_in_float32(dtype, form):
     if form == "one pass":
         value = make(thetas, 2.0)
     else:
-        value = expression(thetas, precisions, anchors, 0.0, 2.0)
+        value = expression(thetas, precisions, anchors, 0.0, 2.0, result_dtype(thetas))
     expected, gradients = exact(thetas, precisions, anchors, 0.0, 2.0)
     assert value.dtype is torch.float32
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -102,7 +102,7 @@ def test_autocast_is_off_inside(form):
         if form == "one pass":
             value = Penalty(thetas, precisions, anchors, 0.0)(thetas, 1.0)
         else:
-            value = expression(thetas, precisions, anchors, 0.0, 1.0)
+            value = expression(thetas, precisions, anchors, 0.0, 1.0, result_dtype(thetas))
         assert torch.is_autocast_enabled("cpu")
     assert value.dtype is torch.float32
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -131,6 +131,19 @@ def test_compiled() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_dtype_is_that_of_the_parameters_compiled_or_not(dtype: torch.dtype) -> None:
+    model, ewc = make(EWC, make_model(dtype=torch.float64), n_tasks=0, strength=3.0)
+    ewc.consolidate([(x.double(), y) for x, y in make_task()])
+    at = {name: (p + 0.3).detach().to(dtype) for name, p in model.named_parameters()}
+    compiled = torch.compile(lambda at: ewc(at=at), backend="eager", fullgraph=True)
+    mapped = torch.func.vmap(lambda values: ewc(at=values))
+    stacked = mapped({name: each.unsqueeze(0) for name, each in at.items()})
+    for value in (ewc(at=at), compiled(at), stacked.squeeze(0)):
+        assert value.dtype is torch.float64
+        torch.testing.assert_close(value, quadratic(ewc, at), rtol=1e-12, atol=0)
+
+
 def test_tied_parameters_by_any_of_their_names_and_parameters_that_are_free() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
