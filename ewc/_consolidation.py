@@ -285,6 +285,7 @@ def _zero_names(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
             'these data perfectly, use fisher_type="exact" or "mc", or consolidate before that; if '
             "the loss compares the samples of a batch, it is constant for one: make the samples "
             "that it compares one sample, [1, B, ...]; else see whether the outputs are detached, "
-            "all positions masked or ignored, or other parameters used."
+            "all positions masked or ignored, other parameters used, or weight so small that the "
+            "Fisher underflows."
         )
     return names

@@ -5,6 +5,7 @@ method costs time. Where one layer has nearly all of the curvature, little else 
 can see these facts only here.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ewc._checks import listed, positive_int
+from ewc._checks import listed, listed_names, positive_int
 from ewc._options import Method
 from ewc.processes.layout import Groups, local, shard_groups
 from ewc.processes.reductions import max_over, sum_over
@@ -218,6 +219,9 @@ def measure(curvatures: Mapping[str, Tensor]) -> dict[str, Curvature]:
 
     Args:
         curvatures: Real tensors, by name. If some are sharded, this is a collective.
+
+    Raises:
+        ValueError: An entry is not finite; the message names the parameters.
     """
     alike: dict[Groups, list[str]] = {}
     for name, tensor in curvatures.items():
@@ -232,4 +236,10 @@ def measure(curvatures: Mapping[str, Tensor]) -> dict[str, Curvature]:
         read = torch.stack([sums, largest]).tolist()
         for name, trace, top in zip(names, *read, strict=True):
             found[name] = Curvature(curvatures[name].numel(), trace, top)
+    overflowed = [name for name, one in found.items() if not math.isfinite(one.largest)]
+    if overflowed:
+        raise ValueError(
+            "The curvature of the penalty must be finite; found that it overflows for "
+            f"{listed_names(overflowed)}. Fix: a smaller prior_precision."
+        )
     return {name: found[name] for name in curvatures}

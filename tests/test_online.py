@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ewc import EWC, Classification, OnlineEWC
+from tests.support.asserts import raises, unchanged
 from tests.support.tasks import as_task, make_model, make_task, same, shift
 
 
@@ -106,3 +107,17 @@ class TestPrior:
         for name, p in model.named_parameters():
             distance += (p.detach() - before[name]).square().sum().item()
         assert ewc().item() == pytest.approx(0.25 * distance, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "prior", [1e39, {"0.bias": torch.full((7,), 1e39, dtype=torch.float64)}], ids=["number", "dict"]
+)
+@pytest.mark.parametrize("strength", ["auto", 1.0])
+def test_a_prior_that_overflows_in_the_dtype_of_the_parameters(prior, strength):
+    model = make_model()
+    ewc = OnlineEWC(model, Classification(), strength=strength, prior_precision=prior)
+    with (
+        unchanged(ewc, model),
+        raises(ValueError, "curvature", "finite", "'0.bias'", "Fix: a smaller prior_precision"),
+    ):
+        ewc.consolidate(make_task())

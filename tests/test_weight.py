@@ -5,7 +5,7 @@ import torch
 
 from ewc import EWC, Classification, OnlineEWC
 from tests import oracle
-from tests.support.asserts import assert_close
+from tests.support.asserts import assert_close, raises, unchanged
 from tests.support.tasks import make_model, make_task, shift, written_out
 
 WEIGHTS = (0.25, 3.0, 1.0)
@@ -73,3 +73,10 @@ def test_a_weight_that_overflows():
     with pytest.raises(ValueError, match=r"The Fisher must be finite.*weight"):
         ewc.consolidate(make_task(), weight=1e300)
     assert ewc.n_tasks == 0
+
+
+def test_a_weight_that_underflows():
+    model = make_model()
+    ewc = EWC(model, Classification())
+    with unchanged(ewc, model), raises(ValueError, "every parameter is zero", "weight so small"):
+        ewc.consolidate(make_task(), weight=1e-60)

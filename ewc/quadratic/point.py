@@ -48,14 +48,14 @@ def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Poin
             unknown.append(name)
         elif not isinstance(value, Tensor):
             problems.append(f"{name!r} is a {type(value).__name__}")
+        elif not _has_entries(value, parameter):
+            problems.append(f"{name!r} has no entries that can be read: it is {_kind(value)}")
         elif value.shape != parameter.shape:
             problems.append(
                 f"{name!r} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
             )
-        elif not value.is_floating_point() and not (value.is_complex() and parameter.is_complex()):
+        elif not _has_usable_dtype(value, parameter):
             problems.append(f"{name!r} has dtype {value.dtype}, the parameter {parameter.dtype}")
-        elif not _has_entries(value, parameter):
-            problems.append(f"{name!r} has no entries that can be read: it is {_kind(value)}")
         elif at[first.setdefault(id(parameter), name)] is not value:
             problems.append(f"{first[id(parameter)]!r} and {name!r} are one parameter")
         else:
@@ -65,7 +65,8 @@ def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Poin
     if problems:
         raise ValueError(
             "at must have tensors with the names and shapes of the model's parameters; found that "
-            f"{'; '.join(problems)}."
+            f"{'; '.join(problems)}. Fix: take names and shapes from model.named_parameters(), and "
+            "leave out buffers."
         )
     return _by_protected_name(found, model, protected)
 
@@ -86,7 +87,15 @@ def _has_entries(value: Tensor, parameter: nn.Parameter) -> bool:
     return is_dense and (parameter.is_meta or not value.is_meta)
 
 
+def _has_usable_dtype(value: Tensor, parameter: nn.Parameter) -> bool:
+    if value.is_complex():
+        return parameter.is_complex()
+    return value.is_floating_point() and value.element_size() > 1  # no arithmetic in 8 bits
+
+
 def _kind(value: Tensor) -> str:
+    if value.is_nested:
+        return "nested"
     return "on the meta device" if value.is_meta else f"not dense ({value.layout})"
 
 

@@ -208,6 +208,27 @@ def test_all_that_is_wrong_is_listed() -> None:
         ewc(at=[torch.zeros(7)])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_points_narrow_ones_and_buffers() -> None:
+    model = make_model()
+    model.register_buffer("seen", torch.zeros(()))
+    _, ewc = make(EWC, model)
+    with raises(
+        ValueError,
+        "'0.weight' has no entries that can be read: it is nested",
+        "'0.bias' has dtype torch.float8_e4m3fn, the parameter torch.float32",
+        "no parameter is named 'seen'",
+        "Fix: take names and shapes from model.named_parameters(), and leave out buffers.",
+    ):
+        ewc(
+            at={
+                "0.weight": torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]),
+                "0.bias": torch.zeros(7).to(torch.float8_e4m3fn),
+                "seen": torch.zeros(()),
+            }
+        )
+
+
 def test_what_cannot_be_read_and_one_parameter_given_twice() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
