@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from ewc import Classification
+
 FOLDER = Path(__file__).parent.parent / "docs" / "results"
 SCRIPTS = sorted(one.stem for one in FOLDER.glob("[!_]*.py") if one.stem != "all")
 
@@ -23,6 +25,8 @@ pytest.importorskip("sklearn")
 def from_their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(FOLDER.parent / "benchmarks")
     monkeypatch.syspath_prepend(FOLDER)
+    for file in FOLDER.glob("*.py"):  # Python has a `_statistics` of its own
+        monkeypatch.delitem(sys.modules, file.stem, raising=False)
     yield
     for file in [*FOLDER.glob("*.py"), *(FOLDER.parent / "benchmarks").glob("*.py")]:
         sys.modules.pop(file.stem, None)
@@ -107,6 +111,19 @@ class TestStatistics:
         found = statistics.paired([1.0, 2.0, 4.0], [0.0, 1.0, 3.0])
         assert (found.mean, found.error) == (1, 0)
         assert found.text(1.0, sign=True) == "+1.00 ± 0.00"
+
+
+class TestProtection:
+    def test_a_given_fisher_is_that_of_the_penalty(self, study: ModuleType) -> None:
+        model = torch.nn.Linear(2, 1)
+        fisher = {"weight": torch.tensor([[1.0, 3.0]])}
+        protected = importlib.import_module("_protection").protected
+        ewc = protected(model, Classification(), fisher, 2.0)
+        assert ewc() == 0
+        with torch.no_grad():
+            model.weight += 0.5
+            model.bias += 7  # is not protected
+        assert ewc().item() == pytest.approx(2 / 2 * (1 + 3) * 0.25)
 
 
 class TestData:

@@ -1,0 +1,27 @@
+"""An `EWC` with a Fisher that was computed elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ewc import EWC, Likelihood
+
+
+def protected(
+    model: nn.Module, likelihood: Likelihood, fisher: Mapping[str, Tensor], strength: float
+) -> EWC:
+    """One that protects the model's present parameters, as if they were one task's solution.
+
+    Args:
+        model: The model.
+        likelihood: Of later consolidations.
+        fisher: By name, for every parameter that is protected.
+        strength: lambda.
+    """
+    ewc = EWC(model, likelihood, strength=strength, parameters=list(fisher))
+    state = ewc.state_dict()  # a template: a Fisher of 0, and the present parameters as anchor
+    rows = dict.fromkeys(fisher, 0)
+    ewc.load_state_dict({**state, "n_tasks": 1, "fisher": dict(fisher), "free_rows": rows})
+    return ewc
