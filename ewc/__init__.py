@@ -2,12 +2,12 @@
 
 from ewc import EWC, Classification
 
-ewc = EWC(model, Classification(), strength=300.0)         # beside the optimizer
+regularizer = EWC(model, Classification())                    # beside the optimizer
 for loader in tasks:
     for x, y in loader:
-        loss = F.cross_entropy(model(x), y) + ewc()        # every step; 0 before the first task
+        loss = F.cross_entropy(model(x), y) + regularizer()   # every step; 0 before the first
         ...
-    ewc.consolidate(loader)                                # once after each task
+    regularizer.consolidate(loader)                           # once after each task
 """
 
 from ewc._diagonal_fisher import diagonal_fisher

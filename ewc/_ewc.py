@@ -76,15 +76,15 @@ class EWC(Copied):
         ValueError: An argument is out of range, or there is no parameter to protect.
 
     Example:
-        >>> ewc = EWC(model, Classification(), strength=300.0)
+        >>> regularizer = EWC(model, Classification(), strength=300.0)
         >>> for loader in tasks:
         ...     for x, y in loader:
-        ...         loss = F.cross_entropy(model(x), y) + ewc()
+        ...         loss = F.cross_entropy(model(x), y) + regularizer()
         ...         optimizer.zero_grad()
         ...         loss.backward()
         ...         optimizer.step()
-        ...     summary = ewc.consolidate(loader)
-        >>> ewc.n_tasks
+        ...     summary = regularizer.consolidate(loader)
+        >>> regularizer.n_tasks
         2
     """
 

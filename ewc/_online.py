@@ -67,10 +67,10 @@ class OnlineEWC(EWC):
         NothingProtectedWarning: `decay` is 0 and there is no prior: the penalty would always be 0.
 
     Example:
-        >>> ewc = OnlineEWC(model, Classification(), strength=300.0, decay=0.9)
+        >>> regularizer = OnlineEWC(model, Classification(), strength=300.0, decay=0.9)
         >>> for loader in tasks:
-        ...     summary = ewc.consolidate(loader)
-        >>> torch.equal(ewc.anchor["weight"], model.weight)
+        ...     summary = regularizer.consolidate(loader)
+        >>> torch.equal(regularizer.anchor["weight"], model.weight)
         True
     """
 

@@ -103,8 +103,8 @@ class Summary:
         """The value that `lr * strength` must stay below in plain gradient descent.
 
         Example:
-            >>> ewc = EWC(model, Classification())
-            >>> summary = ewc.consolidate(tasks[0])
+            >>> regularizer = EWC(model, Classification())
+            >>> summary = regularizer.consolidate(tasks[0])
             >>> summary.bound == 2 / summary.largest
             True
         """

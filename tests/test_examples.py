@@ -1,5 +1,6 @@
 """The examples, in settings so small that they take seconds."""
 
+import ast
 import importlib.util
 import re
 import sys
@@ -26,11 +27,6 @@ def load(name: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(EXAMPLES)  # as in `python docs/examples/X.py`, for `_plot`
 
 
 @pytest.fixture
@@ -239,7 +235,7 @@ class TestGallery:
 
 class TestGalleryPages:
     folder = DOCS / "gallery"
-    names = sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
+    names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
     def test_every_example_has_one(self) -> None:
         pages = {path.stem for path in self.folder.glob("*.md")}
@@ -257,6 +253,13 @@ class TestGalleryPages:
         commands = re.findall(r"^(?:python|torchrun .*) docs/examples/(\w+)\.py", page, re.M)
         assert set(commands) == {name}
         assert len(re.findall(r"^```text$", page, re.M)) == len(commands)
+
+    @pytest.mark.parametrize("name", names)
+    def test_the_example_imports_nothing_from_a_neighbour(self, name: str) -> None:
+        tree = ast.parse((EXAMPLES / f"{name}.py").read_text(encoding="utf-8"))
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        assert not imported & {path.stem for path in EXAMPLES.glob("*.py")}
 
     @pytest.mark.parametrize("name", [name for name in names if name != "sharded"])
     def test_has_the_picture_that_the_command_draws(self, name: str) -> None:

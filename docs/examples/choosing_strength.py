@@ -8,17 +8,22 @@ on the penalty diverges, at a value that is known beforehand.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import BLUE, GREY, ORANGE, VERMILION, arguments, new_figure, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ewc import EWC, Classification
+
+# Colours that can be told apart with any colour vision.
+BLUE, GREY, ORANGE, VERMILION = "#0072B2", "#595959", "#E69F00", "#D55E00"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 LR = 0.1
 STEPS = 400
@@ -52,28 +57,30 @@ def sweep(seed: int, strengths: list[float] = SWEEP, steps: int = STEPS) -> Swee
     first, second = permuted_digits(), permuted_digits()
     n = len(second.x)
     model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
-    ewc = EWC(model, Classification(), reduction="sum", strength=1 / n)
-    train(model, ewc, first, steps)
-    summary = ewc.consolidate([(first.x, first.y)])
+    regularizer = EWC(model, Classification(), reduction="sum", strength=1 / n)
+    train(model, regularizer, first, steps)
+    summary = regularizer.consolidate([(first.x, first.y)])
 
     accuracies = []
     for strength in strengths:
         torch.manual_seed(seed)
-        again, its_ewc = copy.deepcopy((model, ewc))  # together: the copy guards the copy
-        its_ewc.strength = strength / n
-        stable = train(again, its_ewc, second, steps)
+        again, its_regularizer = copy.deepcopy(
+            (model, regularizer)
+        )  # together: the copy guards the copy
+        its_regularizer.strength = strength / n
+        stable = train(again, its_regularizer, second, steps)
         pair = (accuracy(again, first), accuracy(again, second))
         accuracies.append(pair if stable else (torch.nan, torch.nan))
     on_first, on_second = torch.tensor(accuracies).T
     return Sweep(strengths, on_first, on_second, n * summary.bound / LR, summary.largest, n)
 
 
-def train(model: nn.Module, ewc: EWC, task: Task, steps: int) -> bool:
+def train(model: nn.Module, regularizer: EWC, task: Task, steps: int) -> bool:
     """Plain gradient descent on the mean loss and the penalty; whether it has stayed finite."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for _ in range(steps):
         chosen = torch.randint(len(task.x), (32,))
-        loss = F.cross_entropy(model(task.x[chosen]), task.y[chosen]) + ewc()
+        loss = F.cross_entropy(model(task.x[chosen]), task.y[chosen]) + regularizer()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -123,7 +130,7 @@ def table(found: Sweep) -> str:
 
 def draw(found: Sweep, path: Path) -> None:
     """Both accuracies and their average against strength."""
-    figure = new_figure(8, 4.2)
+    figure = plt.figure(figsize=(8, 4.2), layout="constrained")
     axis = figure.subplots()
     average = (found.first + found.second) / 2
     for label, values, colour, style in (
@@ -142,12 +149,16 @@ def draw(found: Sweep, path: Path) -> None:
     axis.set(xlabel="strength (times N)", ylabel="test accuracy (%)")
     axis.set_title("After the second task", loc="left", weight="bold")
     axis.legend(loc="lower left", bbox_to_anchor=(0.35, 1), ncols=3, frameon=False)
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Sweep, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("choosing_strength.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     found = sweep(options.seed)
     print(table(found))
@@ -156,6 +167,7 @@ def main() -> None:
         f"largest < 2,\nthat is for strength < {found.limit:.0f} / N"
     )
     draw(found, options.out)
+    print(f"Picture: {options.out}")
     check(found)
 
 

@@ -8,16 +8,21 @@ curve may still move: little where there was data, much where there was none.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import BLUE, GREY, VERMILION, arguments, new_figure, save
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from ewc import OnlineEWC, Regression
+
+# Colours that can be told apart with any colour vision.
+BLUE, GREY, VERMILION = "#0072B2", "#595959", "#D55E00"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 NOISE = 0.1  # standard deviation of the targets
 SAMPLES = 200  # per piece
@@ -61,7 +66,7 @@ def learn(data: list[tuple[Tensor, Tensor]], strength: float, steps: int = STEPS
     """
     model = Bumps()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    ewc = OnlineEWC(
+    regularizer = OnlineEWC(
         model,
         Regression(variance=NOISE**2),
         strength=strength,
@@ -72,22 +77,22 @@ def learn(data: list[tuple[Tensor, Tensor]], strength: float, steps: int = STEPS
     beliefs = []
     for x, y in data:
         for _ in range(steps):
-            loss = F.mse_loss(model(x), y) / (2 * NOISE**2) + ewc()
+            loss = F.mse_loss(model(x), y) / (2 * NOISE**2) + regularizer()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        ewc.consolidate([(x, y)])
-        beliefs.append(Belief(model(GRID).detach()[:, 0], deviation(model, ewc)))
+        regularizer.consolidate([(x, y)])
+        beliefs.append(Belief(model(GRID).detach()[:, 0], deviation(model, regularizer)))
     return beliefs
 
 
-def deviation(model: nn.Module, ewc: OnlineEWC) -> Tensor:
+def deviation(model: nn.Module, regularizer: OnlineEWC) -> Tensor:
     """The standard deviation of the network's output: its gradients, through the weights' own."""
     parameters = {name: one.detach() for name, one in model.named_parameters()}
     jacobian = jacrev(lambda values: functional_call(model, values, GRID)[:, 0])(parameters)
     return sum(
         (jacobian[name].square() / (fisher + PRIOR)).flatten(1).sum(1)
-        for name, fisher in ewc.fisher.items()
+        for name, fisher in regularizer.fisher.items()
     ).sqrt()
 
 
@@ -131,7 +136,7 @@ def check(results: dict[str, list[Belief]]) -> None:
 
 def draw(results: dict[str, list[Belief]], data: list[tuple[Tensor, Tensor]], path: Path) -> None:
     """A row for each method, a column for each piece learned."""
-    figure = new_figure(10, 5)
+    figure = plt.figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True, sharey=True)
     grid = GRID[:, 0]
     for row, (method, beliefs) in zip(axes, results.items(), strict=True):
@@ -155,12 +160,16 @@ def draw(results: dict[str, list[Belief]], data: list[tuple[Tensor, Tensor]], pa
     axes[0][0].text(0.03, 0.04, caption, transform=axes[0][0].transAxes, color=GREY, fontsize=9)
     caption = "band: two standard deviations"
     axes[1][0].text(0.03, 0.04, caption, transform=axes[1][0].transAxes, color=GREY, fontsize=9)
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("functions.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     results = compare(options.seed)
     heading = " " * 13 + "".join(f"{f'piece {n}':>9}" for n in range(1, len(PIECES) + 1))
@@ -175,6 +184,7 @@ def main() -> None:
         print(f"after piece {learned}" + "".join(f"{one:9.3f}" for one in deviations))
     torch.manual_seed(options.seed)
     draw(results, pieces(), options.out)
+    print(f"Picture: {options.out}")
     check(results)
 
 

@@ -7,18 +7,23 @@ forget a task is to make other weights from its embedding; EWC protects the hype
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import BLUE, VERMILION, arguments, new_figure, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ewc import EWC, Classification
+
+# Colours that can be told apart with any colour vision.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 TASKS = 3
 SEEDS = 3
@@ -74,20 +79,20 @@ def learn(tasks: list[Task], strength: float, steps: int = STEPS) -> Tensor:
     main = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     model = Hypernetwork(main, len(tasks))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    ewc = EWC(model, Classification(), strength=strength)
+    regularizer = EWC(model, Classification(), strength=strength)
     curve = [[test(main, model, *one) for one in enumerate(tasks)]]
     for t, task in enumerate(tasks):
         forward = partial(run, main, t)
         for step in range(1, steps + 1):
             chosen = torch.randint(len(task.x), (32,))
             batch = task.x[chosen], task.y[chosen]
-            loss = F.cross_entropy(forward(model, batch), batch[1]) + ewc()
+            loss = F.cross_entropy(forward(model, batch), batch[1]) + regularizer()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             if step % EVERY == 0:
                 curve.append([test(main, model, *one) for one in enumerate(tasks)])
-        ewc.consolidate([(task.x, task.y)], forward=forward)
+        regularizer.consolidate([(task.x, task.y)], forward=forward)
     return torch.tensor(curve)
 
 
@@ -125,7 +130,7 @@ def check(results: dict[str, Tensor]) -> None:
 def draw(results: dict[str, Tensor], steps: int, path: Path) -> None:
     """A panel for each task, accuracy against training steps."""
     tasks = results["EWC"].shape[1]
-    figure = new_figure(9, 1.5 * tasks + 0.6)
+    figure = plt.figure(figsize=(9, 1.5 * tasks + 0.6), layout="constrained")
     axes = figure.subplots(tasks, 1, sharex=True, sharey=True)
     for t, axis in enumerate(axes):
         axis.axvspan(t * steps, (t + 1) * steps, color="#efefef", lw=0)
@@ -143,12 +148,16 @@ def draw(results: dict[str, Tensor], steps: int, path: Path) -> None:
     middles = [(t + 0.5) * steps for t in range(tasks)]
     axes[-1].set_xticks(middles, [f"learning task {t + 1}" for t in range(tasks)])
     axes[-1].tick_params(axis="x", length=0)
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("hypernetwork.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     runs = [compare(options.seed + i) for i in range(SEEDS)]
     results = {method: torch.stack([run[method] for run in runs]).mean(0) for method in runs[0]}
@@ -158,6 +167,7 @@ def main() -> None:
         numbers = [*curve[-1].tolist(), float(curve[-1].mean())]
         print(f"{method:12}" + "".join(f"{100 * number:8.1f}" for number in numbers))
     draw(results, STEPS, options.out)
+    print(f"Picture: {options.out}")
     check(results)
 
 

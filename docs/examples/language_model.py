@@ -8,18 +8,23 @@ ones.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import random
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import BLUE, VERMILION, arguments, new_figure, save
 from torch import Tensor, nn
 
 from ewc import EWC, Classification, TimeSeries
+
+# Colours that can be told apart with any colour vision.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 CONTEXT = 32  # characters
 BATCH = 16
@@ -139,7 +144,7 @@ def train(
     data: Tensor,
     steps: int,
     lr: float,
-    ewc: Callable[[], Tensor | float] = float,
+    regularizer: Callable[[], Tensor | float] = float,
     test: Callable[[], None] = lambda: None,
 ) -> None:
     """Minimise the mean loss per character and the penalty; `float()` is 0."""
@@ -147,7 +152,7 @@ def train(
     for step in range(1, steps + 1):
         windows = data[torch.randint(len(data), (BATCH,))]
         logits = model(windows[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) + ewc()
+        loss = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()) + regularizer()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -169,7 +174,7 @@ def fine_tune(model: nn.Module, strength: float, lr: float, steps: int, seed: in
     Returns:
         Bits per character on held-out sentences and sums, every `EVERY` steps: [tests, 2].
     """
-    ewc = EWC(model, TimeSeries(Classification(), batch_first=True), strength=strength)
+    regularizer = EWC(model, TimeSeries(Classification(), batch_first=True), strength=strength)
     held_out = [text(grammar, seed + 1, windows=60) for grammar in (sentence, addition)]
     curve = [[bits(model, data) for data in held_out]]
 
@@ -177,10 +182,10 @@ def fine_tune(model: nn.Module, strength: float, lr: float, steps: int, seed: in
         curve.append([bits(model, data) for data in held_out])
 
     sentences, sums = text(sentence, seed), text(addition, seed)
-    train(model, sentences, steps, lr, ewc, test)
+    train(model, sentences, steps, lr, regularizer, test)
     # Windows are samples: inputs [N, S], and the characters that follow them, [N, S].
-    ewc.consolidate([(sentences[:, :-1], sentences[:, 1:])])
-    train(model, sums, steps, lr, ewc, test)
+    regularizer.consolidate([(sentences[:, :-1], sentences[:, 1:])])
+    train(model, sums, steps, lr, regularizer, test)
     return torch.tensor(curve)
 
 
@@ -212,7 +217,7 @@ def check(results: dict[tuple[str, str], Tensor]) -> None:
 
 def draw(results: dict[tuple[str, str], Tensor], path: Path) -> None:
     """A column for each way of training, a row for each text."""
-    figure = new_figure(9.5, 5)
+    figure = plt.figure(figsize=(9.5, 5), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     for (trained, method), curve in results.items():
         column = list(RATES).index(trained)
@@ -231,12 +236,16 @@ def draw(results: dict[tuple[str, str], Tensor], path: Path) -> None:
         axes[1, column].set_xticks([half / 2, 1.5 * half], ["learning sentences", "learning sums"])
         axes[1, column].tick_params(axis="x", length=0)
     axes[0, 0].legend(frameon=False, loc="upper left")
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("language_model.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     results = compare(options.seed)
     print("Bits per character after both texts")
@@ -245,6 +254,7 @@ def main() -> None:
         sentences, sums = curve[-1].tolist()
         print(f"{trained:14}{method:14}{sentences:10.2f}{sums:8.2f}")
     draw(results, options.out)
+    print(f"Picture: {options.out}")
     check(results)
 
 

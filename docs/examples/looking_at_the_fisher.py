@@ -7,11 +7,11 @@ them free. The other weights are held, those near the output more than those nea
 
 from __future__ import annotations
 
+import argparse
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from _plot import arguments, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -37,21 +37,21 @@ def learn(tasks: list[TensorDataset], epochs: int = EPOCHS) -> EWC:
         )
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    ewc = EWC(model, Classification(), strength=STRENGTH)
+    regularizer = EWC(model, Classification(), strength=STRENGTH)
     for task in tasks:
         loader = DataLoader(task, batch_size=32, shuffle=True)
         for _ in range(epochs):
             for x, y in loader:
-                loss = F.cross_entropy(model(x), y) + ewc()
+                loss = F.cross_entropy(model(x), y) + regularizer()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        summary = ewc.consolidate(tqdm(loader, desc="consolidate"))
+        summary = regularizer.consolidate(tqdm(loader, desc="consolidate"))
         print(summary)
         assert summary.bound > LR * STRENGTH, "the next task could not be learned with this step"
     print("The last one by layer:")
     print(summary.table(rows=3))
-    return ewc
+    return regularizer
 
 
 def halves() -> list[TensorDataset]:
@@ -74,13 +74,17 @@ def check(fisher: dict[str, Tensor], x: Tensor) -> None:
 
 def main() -> None:
     """Learn, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", default="looking_at_the_fisher.png", help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     torch.manual_seed(options.seed)
     tasks = halves()
-    ewc = learn(tasks)
-    save(plot_fisher(ewc), options.out)
-    check(ewc.fisher, torch.cat([task.tensors[0] for task in tasks]))
+    regularizer = learn(tasks)
+    plot_fisher(regularizer).savefig(options.out, dpi=110, facecolor="white")
+    print(f"Picture: {options.out}")
+    check(regularizer.fisher, torch.cat([task.tensors[0] for task in tasks]))
 
 
 if __name__ == "__main__":

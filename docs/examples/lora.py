@@ -8,20 +8,25 @@ Fisher of the weights.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import BLUE, GREY, ORANGE, PALE, arguments, new_figure, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ewc import EWC, Classification, ZeroFisherWarning
+
+# Colours that can be told apart with any colour vision.
+BLUE, GREY, ORANGE, PALE = "#0072B2", "#595959", "#E69F00", "#dddddd"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 RANK = 8
 SEEDS = 5
@@ -85,10 +90,10 @@ def adapt(base: nn.Module, tasks: list[Task], space: str, factor: float, steps: 
         Test accuracy on each task after the last: [tasks].
     """
     merged, model = copy.deepcopy(base), Adapted(copy.deepcopy(base))
-    ewc = EWC(merged if space == "weights" else model, Classification())
+    regularizer = EWC(merged if space == "weights" else model, Classification())
 
     def penalty() -> Tensor:
-        return ewc(at=model.weights()) if space == "weights" else ewc()
+        return regularizer(at=model.weights()) if space == "weights" else regularizer()
 
     for t, task in enumerate(tasks):
         if t > 0:
@@ -97,9 +102,9 @@ def adapt(base: nn.Module, tasks: list[Task], space: str, factor: float, steps: 
         with warnings.catch_warnings():  # `up` is 0 at first, and so is the Fisher of `down`
             warnings.simplefilter("ignore", ZeroFisherWarning)
             likelihood = Classification(allowed_outputs=task.head)
-            ewc.consolidate([(task.x, task.y)], likelihood=likelihood)
-        ewc.strength = "auto"
-        ewc.strength *= factor
+            regularizer.consolidate([(task.x, task.y)], likelihood=likelihood)
+        regularizer.strength = "auto"
+        regularizer.strength *= factor
     return torch.tensor([test(model, task) for task in tasks])
 
 
@@ -160,7 +165,7 @@ def gain(results: Results) -> tuple[float, float]:
 
 def draw(runs: dict[str, Results], path: Path) -> None:
     """A panel for each set of tasks: average accuracy against strength."""
-    figure = new_figure(9, 4)
+    figure = plt.figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, len(runs))
     for axis, (name, results) in zip(axes, runs.items(), strict=True):
         for space, colour in COLOURS.items():
@@ -176,12 +181,16 @@ def draw(runs: dict[str, Results], path: Path) -> None:
         axis.grid(axis="y", color=PALE, linewidth=0.8)
     axes[0].set_ylabel("accuracy (%), average of three tasks")
     axes[1].legend(frameon=False, loc="center")
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("lora.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     runs = {}
     for make in (turned, split):
@@ -202,6 +211,7 @@ def main() -> None:
             print(f"  {method:14}{factor:9g}{tasks}{average:8.1f} +- {error:.1f}")
         print("  weights over adapter, each at its best: {:.1f} +- {:.1f}".format(*gain(results)))
     draw(runs, options.out)
+    print(f"Picture: {options.out}")
     check(runs)
 
 

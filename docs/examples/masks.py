@@ -8,16 +8,21 @@ says which weights a network can do without.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import BLUE, GREEN, GREY, ORANGE, PALE, arguments, new_figure, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ewc import EWC, Classification, diagonal_fisher
+
+# Colours that can be told apart with any colour vision.
+BLUE, GREEN, GREY, ORANGE, PALE = "#0072B2", "#009E73", "#595959", "#E69F00", "#dddddd"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 TASKS = 3
 SEEDS = 5
@@ -47,15 +52,17 @@ def importance(model: nn.Module, by: str, fisher: Weights) -> Weights:
     return {name: torch.rand(one.shape, generator=fixed) for name, one in fisher.items()}
 
 
-def train(model: nn.Module, task: Task, steps: int, ewc: EWC | None, frozen: Weights) -> None:
+def train(
+    model: nn.Module, task: Task, steps: int, regularizer: EWC | None, frozen: Weights
+) -> None:
     """Minimise the cross-entropy, and the penalty if there is one; frozen weights stay."""
     x, y = task[:2]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(steps):
         chosen = torch.randint(len(x), (32,))
         loss = F.cross_entropy(model(x[chosen]), y[chosen])
-        if ewc is not None:
-            loss = loss + ewc()
+        if regularizer is not None:
+            loss = loss + regularizer()
         optimizer.zero_grad()
         loss.backward()
         for name, mask in frozen.items():
@@ -76,12 +83,12 @@ def learn(tasks: list[Task], method: str, share: float = 0.0, steps: int = STEPS
         Test accuracy on each task after the last: [tasks].
     """
     model, frozen = network(), {}
-    ewc = EWC(model, Classification())
+    regularizer = EWC(model, Classification())
     for task in tasks:
-        train(model, task, steps, ewc if method == "EWC" else None, frozen)
-        ewc.consolidate([task[:2]])
+        train(model, task, steps, regularizer if method == "EWC" else None, frozen)
+        regularizer.consolidate([task[:2]])
         if method in COLOURS:
-            frozen = largest(importance(model, method, ewc.fisher), share)
+            frozen = largest(importance(model, method, regularizer.fisher), share)
     return torch.stack([test(model, task) for task in tasks])
 
 
@@ -143,7 +150,7 @@ def summarised(accuracies: Tensor) -> tuple[float, float]:
 
 def draw(learned: Results, pruned: Results, path: Path) -> None:
     """Accuracy against the share of frozen weights, and of pruned ones."""
-    figure = new_figure(9.5, 4)
+    figure = plt.figure(figsize=(9.5, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     titles = "three tasks: frozen weights", "one task: pruned weights"
     for axis, title, results, shares in zip(
@@ -160,7 +167,8 @@ def draw(learned: Results, pruned: Results, path: Path) -> None:
         axes[0].axhline(summarised(learned[method, 0.0])[0], color=GREY, ls=style, label=method)
     axes[0].set_ylabel("test accuracy (%)")
     axes[0].legend(frameon=False, loc="lower center", ncols=2)
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def table(results: Results, shares: tuple[float, ...]) -> str:
@@ -174,7 +182,10 @@ def table(results: Results, shares: tuple[float, ...]) -> str:
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("masks.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     runs = [compare(options.seed + i) for i in range(SEEDS)]
     learned, pruned = (
@@ -190,16 +201,17 @@ def main() -> None:
     print("One task, with a share of the weights set to 0")
     print(table(pruned, PRUNED))
     draw(learned, pruned, options.out)
+    print(f"Picture: {options.out}")
     check(learned, pruned)
 
 
 def check(learned: Results, pruned: Results) -> None:
     """What this example claims: masks come close to EWC, not beyond; for pruning, no gain."""
-    plain, ewc = (summarised(learned[method, 0.0])[0] for method in ("none", "EWC"))
+    plain, protected = (summarised(learned[method, 0.0])[0] for method in ("none", "EWC"))
     best = {by: max(summarised(learned[by, s])[0] for s in FROZEN) for by in COLOURS}
     assert best["Fisher"] > plain + 20, f"{best} against {plain:.1f} without"
     assert best["Fisher"] > best["random"] + 10, best
-    assert best["Fisher"] < ewc + 2, f"{best} against {ewc:.1f} with EWC"
+    assert best["Fisher"] < protected + 2, f"{best} against {protected:.1f} with EWC"
     fisher, magnitude = (summarised(pruned[by, PRUNED[-1]])[0] for by in ("Fisher", "magnitude"))
     assert fisher < magnitude + 2, f"pruned by the Fisher {fisher:.1f}, {magnitude:.1f}"
 

@@ -7,18 +7,23 @@ as its anchor after it has consolidated both.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import BLUE, GREY, ORANGE, PALE, arguments, new_figure, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ewc import EWC, Classification, diagonal_fisher
+
+# Colours that can be told apart with any colour vision.
+BLUE, GREY, ORANGE, PALE = "#0072B2", "#595959", "#E69F00", "#dddddd"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 SEEDS = 10
 STEPS = 300
@@ -54,11 +59,11 @@ def mixed(a: Weights, b: Weights, share: float) -> Weights:
 
 def anchor(model: nn.Module, a: Weights, b: Weights, data: tuple[Data, Data]) -> Weights:
     """The same as `merged` with equal shares, by `EWC`."""
-    ewc = EWC(model, Classification(), fisher_type="exact")
+    regularizer = EWC(model, Classification(), fisher_type="exact")
     for weights, one in zip((a, b), data, strict=True):
         model.load_state_dict(weights)
-        ewc.consolidate([(one.x, one.y)])
-    return ewc.anchor
+        regularizer.consolidate([(one.x, one.y)])
+    return regularizer.anchor
 
 
 def train(model: nn.Module, data: list[Data], lr: float, steps: int) -> nn.Module:
@@ -165,7 +170,7 @@ def rows(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def draw(runs: dict[str, dict[str, Tensor]], path: Path) -> None:
     """A panel for each pair of data sets: accuracy against the share of the first model."""
-    figure = new_figure(10, 3.8)
+    figure = plt.figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, len(runs), sharey=True)
     for axis, (name, results) in zip(axes, runs.items(), strict=True):
         joint = summarised(results["joint training"][:, 0])[0]
@@ -178,12 +183,16 @@ def draw(runs: dict[str, dict[str, Tensor]], path: Path) -> None:
         axis.grid(axis="y", color=PALE, linewidth=0.8)
     axes[0].set_ylabel("accuracy (%), average\nof both data sets")
     axes[1].legend(frameon=False, loc="lower center")
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("merging.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     runs = {}
     for make in (turned, classes, covered):
@@ -199,6 +208,7 @@ def main() -> None:
         cells = ("{:.1f} +- {:.1f}".format(*summarised(table[row])) for table in tables)
         print(f"{row:29}" + "".join(f"{cell:>13}" for cell in cells))
     draw(runs, options.out)
+    print(f"Picture: {options.out}")
     check(dict(zip(runs, tables, strict=True)))
 
 

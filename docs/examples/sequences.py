@@ -7,16 +7,21 @@ information. A sequence is one sample, however long.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
-from _plot import BLUE, VERMILION, arguments, new_figure, save
 from torch import Tensor, nn
 
 from ewc import EWC, Regression, TimeSeries
+
+# Colours that can be told apart with any colour vision.
+BLUE, VERMILION = "#0072B2", "#D55E00"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 NOISE = 0.05  # standard deviation of the values
 LONGEST = 30
@@ -84,18 +89,18 @@ def learn(
     model = Predictor()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     likelihood = TimeSeries(Regression(variance=VARIANCE), batch_first=True)
-    ewc = EWC(model, likelihood, strength=strength)
+    regularizer = EWC(model, likelihood, strength=strength)
     rows = []
     for train, _ in tasks:
         for _ in range(steps):
             batch = train.part(torch.randint(SAMPLES, (32,)))
             # The NLL of a value is its squared error by twice the variance.
-            loss = squared_error(model, batch) / (2 * VARIANCE) + ewc()
+            loss = squared_error(model, batch) / (2 * VARIANCE) + regularizer()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        ewc.consolidate([train])
+        regularizer.consolidate([train])
         with torch.no_grad():
             rows.append([squared_error(model, test) for _, test in tasks])
     return model, torch.tensor(rows).sqrt()
@@ -122,7 +127,7 @@ def check(results: dict[str, tuple[nn.Module, Tensor]]) -> None:
 def draw(results: dict[str, tuple[nn.Module, Tensor]], seed: int, path: Path) -> None:
     """Left, the errors after the last family; right, predictions for each family."""
     torch.manual_seed(seed + 100)
-    figure = new_figure(10, 4.4)
+    figure = plt.figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
     bars = left.subplots()
     looks = {"fine-tuning": (VERMILION, "--"), "EWC": (BLUE, "-")}
@@ -146,12 +151,16 @@ def draw(results: dict[str, tuple[nn.Module, Tensor]], seed: int, path: Path) ->
         axis.set_ylabel(name, weight="bold")
     axes[0].set_title("The next value, predicted (dots: true)", loc="left", weight="bold")
     axes[-1].set_xlabel("step")
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("sequences.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     results = compare(options.seed)
     print("Error of the next value after both families (root mean square)")
@@ -159,6 +168,7 @@ def main() -> None:
     for method, (_, errors) in results.items():
         print(f"{method:12}" + "".join(f"{float(error):10.3f}" for error in errors[-1]))
     draw(results, options.seed, options.out)
+    print(f"Picture: {options.out}")
     check(results)
 
 

@@ -53,43 +53,43 @@ def train_and_save(tasks: list[Digits], folder: Path) -> None:
         if isinstance(layer, nn.Linear):
             fully_shard(layer)
     fully_shard(model)
-    ewc = EWC(model, Classification(), strength=STRENGTH)
+    regularizer = EWC(model, Classification(), strength=STRENGTH)
     for task in tasks:
-        train(model, ewc, task)
-        summary = ewc.consolidate(loader(task))  # every process over its own samples
+        train(model, regularizer, task)
+        summary = regularizer.consolidate(loader(task))  # every process over its own samples
         say(str(summary))
         say(f"accuracy: {report(model, tasks)}")
-    held = sum(each.to_local().numel() for each in ewc.fisher.values())
+    held = sum(each.to_local().numel() for each in regularizer.fisher.values())
     say(f"entries of the Fisher that this process holds: {held} of {count(model)}")
-    dcp.save({"model": model.state_dict(), "ewc": ewc.state_dict()}, checkpoint_id=folder)
+    dcp.save({"model": model.state_dict(), "ewc": regularizer.state_dict()}, checkpoint_id=folder)
 
 
 def resume(tasks: list[Digits], folder: Path) -> None:
     """Go on in one process: the same checkpoint, a model that is not sharded."""
     model = build()
-    ewc = EWC(model, Classification(), strength=STRENGTH)
-    state = {"model": model.state_dict(), "ewc": ewc.state_dict()}
+    regularizer = EWC(model, Classification(), strength=STRENGTH)
+    state = {"model": model.state_dict(), "ewc": regularizer.state_dict()}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     model.load_state_dict(state["model"])
-    ewc.load_state_dict(state["ewc"])
+    regularizer.load_state_dict(state["ewc"])
     first, second = accuracies(model, tasks)
-    say(f"{ewc}\naccuracy: {report(model, tasks)}")
-    assert ewc.n_tasks == 2
+    say(f"{regularizer}\naccuracy: {report(model, tasks)}")
+    assert regularizer.n_tasks == 2
     assert min(first, second) > 0.65, "the processes must have learned both tasks"
 
     # What the penalty is good for: the second task once more, without it.
-    ewc.strength = 0.0
-    train(model, ewc, tasks[1])
+    regularizer.strength = 0.0
+    train(model, regularizer, tasks[1])
     say(f"after more of the second task, without the penalty: {report(model, tasks)}")
     assert accuracies(model, tasks)[0] < first - 0.2
 
 
-def train(model: nn.Module, ewc: EWC, task: Digits, epochs: int = 6) -> None:
+def train(model: nn.Module, regularizer: EWC, task: Digits, epochs: int = 6) -> None:
     """The usual loop, on any number of processes."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(epochs):
         for x, y in loader(task):
-            loss = F.cross_entropy(model(x), y) + ewc()
+            loss = F.cross_entropy(model(x), y) + regularizer()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -7,17 +7,20 @@ Fisher information. What a network forgets here is what lies beneath the heads.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import arguments, new_figure, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ewc import EWC, Classification
+
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 SEEDS = 3
 STRENGTH = 100.0
@@ -45,18 +48,18 @@ def learn(tasks: list[Task], strength: float, epochs: int = EPOCHS) -> Tensor:
         nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 10)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    ewc = EWC(model, Classification(), strength=strength, fisher_type="exact")
+    regularizer = EWC(model, Classification(), strength=strength, fisher_type="exact")
     accuracy = torch.zeros(len(tasks), len(tasks))
     for t, task in enumerate(tasks):
         first = task.head[0]
         for _ in range(epochs):
             for x, y in batches(task):
-                loss = F.cross_entropy(model(x)[:, task.head], y - first) + ewc()
+                loss = F.cross_entropy(model(x)[:, task.head], y - first) + regularizer()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
         head = Classification(allowed_outputs=task.head, target_transform=lambda y, f=first: y - f)
-        ewc.consolidate(batches(task), likelihood=head)
+        regularizer.consolidate(batches(task), likelihood=head)
         accuracy[t] = torch.tensor([test(model, other) for other in tasks])
     return accuracy
 
@@ -100,7 +103,7 @@ def compare(seed: int, epochs: int = EPOCHS) -> dict[str, Tensor]:
 
 def draw(results: dict[str, Tensor], path: Path) -> None:
     """A square of accuracies for each method: tasks learned so far by tasks tested."""
-    figure = new_figure(9, 4.4)
+    figure = plt.figure(figsize=(9, 4.4), layout="constrained")
     axes = figure.subplots(1, len(results), sharey=True)
     for axis, (method, accuracy) in zip(axes, results.items(), strict=True):
         n = len(accuracy)
@@ -121,12 +124,16 @@ def draw(results: dict[str, Tensor], path: Path) -> None:
         for spine in axis.spines.values():
             spine.set_visible(False)
     axes[0].set_ylabel("after learning these")
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("split_digits.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     runs = [compare(options.seed + i) for i in range(SEEDS)]
     results = {method: torch.stack([run[method] for run in runs]).mean(0) for method in runs[0]}
@@ -136,6 +143,7 @@ def main() -> None:
         numbers = [*accuracy[-1].tolist(), float(accuracy[-1].mean())]
         print(f"{method:12}" + "".join(f"{100 * number:8.1f}" for number in numbers))
     draw(results, options.out)
+    print(f"Picture: {options.out}")
     check(results)
 
 

@@ -8,16 +8,21 @@ even and odd, so the digit that is forgotten shares its class with four others.
 
 from __future__ import annotations
 
+import argparse
 import copy
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from _plot import BLUE, PALE, VERMILION, arguments, new_figure, save
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from ewc import Classification, diagonal_fisher
+
+# Colours that can be told apart with any colour vision.
+BLUE, PALE, VERMILION = "#0072B2", "#dddddd", "#D55E00"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 RUNS = 20  # each with its own seed; every digit is forgotten in two of them
 STEPS = 400
@@ -96,7 +101,7 @@ def summarised(values: Tensor) -> str:
 
 def draw(sets: dict[str, dict[str, Tensor]], path: Path) -> None:
     """A panel for each set of classes: accuracy of the forgotten digit and the others by alpha."""
-    figure = new_figure(9.5, 4)
+    figure = plt.figure(figsize=(9.5, 4), layout="constrained")
     axes = figure.subplots(1, len(sets), sharey=True)
     for axis, (name, results) in zip(axes, sets.items(), strict=True):
         for which, (label, colour) in enumerate((("forgotten", VERMILION), ("others", BLUE))):
@@ -115,12 +120,16 @@ def draw(sets: dict[str, dict[str, Tensor]], path: Path) -> None:
         axis.grid(axis="y", color=PALE, linewidth=0.8)
     axes[0].set_ylabel("test accuracy (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    save(figure, path)
+    figure.savefig(path, dpi=110, facecolor="white")
+    plt.close(figure)
 
 
 def main() -> None:
     """Compare, print, draw, and check."""
-    options = arguments(__file__, __doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("unlearning.png"), help="picture")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    options = parser.parse_args()
     torch.set_num_threads(1)  # for products this small, threads only wait for each other
     sets = {}
     for name, classes in CLASSES.items():
@@ -134,6 +143,7 @@ def main() -> None:
             cells = (f"{summarised(one):>14}" for one in accuracy.T)
             print(f"  {method:20}" + "".join(cells) + f"{summarised(distance):>17}")
     draw(sets, options.out)
+    print(f"Picture: {options.out}")
     check(sets)
 
 

@@ -38,7 +38,7 @@ def context_mod_forward(mod_weights: ModWeights) -> Forward:
 
     Example:
         >>> forward = context_mod_forward([torch.ones(5)])
-        >>> ewc = EWC(model, Classification(), forward=forward)
+        >>> regularizer = EWC(model, Classification(), forward=forward)
     """
     if not callable(mod_weights):
         if not isinstance(mod_weights, (list, tuple)):

@@ -24,7 +24,8 @@ class EWCMixin:
     Derive a class from it and the `Trainer`, or a subclass of that, in this order. It adds the
     penalty to the loss of every training step, never in evaluation; writes `ewc.pt` wherever the
     model is saved, checkpoints included; and reads it when `train(resume_from_checkpoint=...)`
-    resumes. It does not consolidate: call `ewc.consolidate(trainer.get_train_dataloader())`.
+    resumes. It does not consolidate: after each task, call
+    `regularizer.consolidate(trainer.get_train_dataloader())`.
 
     Args:
         *args: Passed on to the Trainer.
@@ -38,7 +39,7 @@ class EWCMixin:
 
     Example:
         >>> class ContinualTrainer(EWCMixin, Trainer): ...
-        >>> trainer = ContinualTrainer(model=model, args=args, train_dataset=data, ewc=ewc)
+        >>> trainer = ContinualTrainer(model=model, args=args, train_dataset=data, ewc=regularizer)
     """
 
     # The Trainer's own.

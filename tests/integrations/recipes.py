@@ -112,7 +112,7 @@ class Contract(ABC):
     page: str
 
     def ready(self, space: ModuleType) -> ModuleType:
-        """Give the namespace of the page a `model` and an `ewc`, where it has none."""
+        """Give the namespace of the page a `model` and a `regularizer`, if it has none."""
         return space
 
     def learned(self) -> ModuleType:
@@ -146,7 +146,7 @@ class Contract(ABC):
         space = self.learned()
         space.model.train()
         loss = gradients(space.model, self.loss(space))
-        penalty = gradients(space.model, written_out(space.ewc, space.model))
+        penalty = gradients(space.model, written_out(space.regularizer, space.model))
         norms = [torch.stack([g.norm() for g in each.values()]).norm() for each in (loss, penalty)]
         assert norms[1] > 0.1 * norms[0]  # else what follows would show little
         with recorded() as steps:
@@ -160,24 +160,26 @@ class Contract(ABC):
         with recorded() as steps:
             self.save_between(whole, tmp_path)
         fresh = self.ready(recipe(self.page, seed=1, loop=False))
-        assert fresh.ewc.n_tasks == 0
+        assert fresh.regularizer.n_tasks == 0
         with recorded() as resumed:
             fresh = self.resume(fresh, tmp_path)
         _, second = steps
         (again,) = resumed
         assert same(named(again, fresh.model), named(second, whole.model))
-        assert fresh.ewc.n_tasks == whole.ewc.n_tasks > 0
-        assert same(fresh.ewc.fisher, whole.ewc.fisher)
-        assert same(fresh.ewc.anchor, whole.ewc.anchor)
+        assert fresh.regularizer.n_tasks == whole.regularizer.n_tasks > 0
+        assert same(fresh.regularizer.fisher, whole.regularizer.fisher)
+        assert same(fresh.regularizer.anchor, whole.regularizer.anchor)
         assert same(trained(fresh.model), trained(whole.model))
-        assert whole.ewc() > 0
-        assert torch.equal(fresh.ewc(), whole.ewc())
-        assert same(gradients(fresh.model, fresh.ewc()), gradients(whole.model, whole.ewc()))
+        assert whole.regularizer() > 0
+        assert torch.equal(fresh.regularizer(), whole.regularizer())
+        assert same(
+            gradients(fresh.model, fresh.regularizer()), gradients(whole.model, whole.regularizer())
+        )
 
     def test_evaluation_is_not_penalised(self, tmp_path: Path) -> None:
         space = self.learned()
-        space.ewc.strength = 1e6
-        assert space.ewc() > 1
+        space.regularizer.strength = 1e6
+        assert space.regularizer() > 1
         space.model.eval()
         with torch.no_grad():
             expected = self.loss(space)

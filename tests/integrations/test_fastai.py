@@ -52,5 +52,5 @@ class TestFastai(Contract):
     def evaluate(self, space: ModuleType, folder: Path) -> float:
         learner = space.make_learner(Subset(space.tasks[0], range(8)))
         (loss,) = quiet(learner, learner.validate)
-        assert space.ewc.n_tasks == 2  # `validate` ends in `after_fit`, too
+        assert space.regularizer.n_tasks == 2  # `validate` ends in `after_fit`, too
         return loss

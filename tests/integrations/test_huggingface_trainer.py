@@ -85,10 +85,10 @@ class TestTrainer(Contract):
         move(space.model)
         fresh = recipe(self.page, seed=1, loop=False)
         fresh.begin_next_task("task-1/learned")
-        assert fresh.ewc.n_tasks == 2
-        assert same(fresh.ewc.fisher, space.ewc.fisher)
+        assert fresh.regularizer.n_tasks == 2
+        assert same(fresh.regularizer.fisher, space.regularizer.fisher)
         move(fresh.model)
-        assert torch.equal(fresh.ewc(), space.ewc())
+        assert torch.equal(fresh.regularizer(), space.regularizer())
 
     def test_the_last_checkpoint_is_found_as_the_trainer_finds_it(self) -> None:
         space = self.learned()
@@ -96,7 +96,7 @@ class TestTrainer(Contract):
         trainer.train()
         fresh = recipe(self.page, seed=1, loop=False)
         self.two_steps(fresh).train(resume_from_checkpoint=True)
-        assert same(fresh.ewc.anchor, space.ewc.anchor)
+        assert same(fresh.regularizer.anchor, space.regularizer.anchor)
 
     def test_the_last_step_may_have_fewer_batches(self) -> None:
         space = self.learned()
@@ -110,10 +110,10 @@ class TestTrainer(Contract):
                 **EXACT | {"learning_rate": 0.0},
             ).train()
         assert len(steps) == 2
-        penalty = gradients(space.model, written_out(space.ewc, space.model))
+        penalty = gradients(space.model, written_out(space.regularizer, space.model))
         # The same weights for both: one of the two is about the 6 samples that come last.
         with recorded() as without:
-            space.ewc.strength = 0.0
+            space.regularizer.strength = 0.0
             space.make_trainer(
                 rows,
                 "uneven",
@@ -231,12 +231,12 @@ def test_label_smoothing() -> None:
     rows = space.tasks[0][:8]
     smoothed = F.cross_entropy(*tokens(space, rows), label_smoothing=0.1)
     loss = gradients(space.model, smoothed)
-    penalty = gradients(space.model, written_out(space.ewc, space.model))
+    penalty = gradients(space.model, written_out(space.regularizer, space.model))
     found = gradients_of(
         space.ContinualTrainer,
         space.model,
         rows,
-        ewc=space.ewc,
+        ewc=space.regularizer,
         arguments={"label_smoothing_factor": 0.1},
     )
     assert_near(found, {name: loss[name] + penalty[name] for name in loss})
@@ -249,10 +249,10 @@ def test_without_the_mixin_it_counts_once_for_every_batch() -> None:
 
     class Naive(transformers.Trainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-            return super().compute_loss(*args, **kwargs) + space.ewc()
+            return super().compute_loss(*args, **kwargs) + space.regularizer()
 
     loss = gradients(space.model, F.cross_entropy(*tokens(space, rows)))
-    penalty = gradients(space.model, written_out(space.ewc, space.model))
+    penalty = gradients(space.model, written_out(space.regularizer, space.model))
     found = gradients_of(Naive, space.model, rows)
     assert_near(found, {name: loss[name] + 4 * penalty[name] for name in loss})
 

@@ -38,7 +38,7 @@ class TestLightning(Contract):
     page = "lightning"
 
     def ready(self, space: ModuleType) -> ModuleType:
-        space.model, space.ewc = space.module.net, space.module.ewc
+        space.model, space.regularizer = space.module.net, space.module.regularizer
         return space
 
     def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
@@ -76,10 +76,10 @@ def test_the_next_task_begins_from_the_file(tmp_path: Path) -> None:
     move(space.module.net)
     fresh = recipe("lightning", seed=1, loop=False)
     fresh.begin_next_task(tmp_path / "after.ckpt")
-    assert fresh.module.ewc.n_tasks == 2
-    assert same(fresh.module.ewc.anchor, space.module.ewc.anchor)
+    assert fresh.module.regularizer.n_tasks == 2
+    assert same(fresh.module.regularizer.anchor, space.module.regularizer.anchor)
     move(fresh.module.net)
-    assert torch.equal(fresh.module.ewc(), space.module.ewc())
+    assert torch.equal(fresh.module.regularizer(), space.module.regularizer())
 
 
 def test_distributed_data_parallel_on_one_process() -> None:
@@ -92,16 +92,18 @@ def test_distributed_data_parallel_on_one_process() -> None:
             expected.consolidate(loader)
     finally:
         torch.distributed.destroy_process_group()
-    assert space.module.ewc.n_tasks == 2
-    assert_near(space.module.ewc.anchor, expected.anchor)
-    assert_near(space.module.ewc.fisher, expected.fisher)
+    assert space.module.regularizer.n_tasks == 2
+    assert_near(space.module.regularizer.anchor, expected.anchor)
+    assert_near(space.module.regularizer.fisher, expected.fisher)
 
 
 def test_true_half_precision() -> None:
     space = recipe("lightning", loop=False)
-    space.module.ewc = EWC(space.module.net, Classification(), forward=space.cast)
-    fit = trainer(space, space.Consolidate(space.module.ewc), max_epochs=1, precision="bf16-true")
+    space.module.regularizer = EWC(space.module.net, Classification(), forward=space.cast)
+    fit = trainer(
+        space, space.Consolidate(space.module.regularizer), max_epochs=1, precision="bf16-true"
+    )
     fit.fit(space.module, space.tasks[0])
     assert space.module.net[0].weight.dtype is torch.bfloat16
-    assert space.module.ewc.n_tasks == 1
-    assert all(each.dtype is torch.float32 for each in space.module.ewc.fisher.values())
+    assert space.module.regularizer.n_tasks == 1
+    assert all(each.dtype is torch.float32 for each in space.module.regularizer.fisher.values())

@@ -65,10 +65,10 @@ class TestPEFT(Contract):
 def test_the_adapter_alone_is_protected() -> None:
     space = recipe("peft")
     trainable = {n for n, p in space.model.named_parameters() if p.requires_grad}
-    assert set(space.ewc.fisher) == trainable
+    assert set(space.regularizer.fisher) == trainable
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
-    assert first in space.ewc.fisher
-    assert space.ewc.fisher[first].any()
+    assert first in space.regularizer.fisher
+    assert space.regularizer.fisher[first].any()
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -95,9 +95,11 @@ def test_in_the_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumul
         use_cpu=True,
     )
     loss = gradients(space.model, plain_loss(space))
-    penalty = gradients(space.model, written_out(space.ewc, space.model))
+    penalty = gradients(space.model, written_out(space.regularizer, space.model))
     with recorded() as steps:
-        Trainer(model=space.model, args=arguments, train_dataset=rows, ewc=space.ewc).train()
+        Trainer(
+            model=space.model, args=arguments, train_dataset=rows, ewc=space.regularizer
+        ).train()
     (found,) = steps
     assert_near(named(found, space.model), {name: loss[name] + penalty[name] for name in loss})
     assert {"adapter_model.safetensors", "ewc.pt"} < {

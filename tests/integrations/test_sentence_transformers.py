@@ -65,4 +65,4 @@ class TestSentenceTransformers(Contract):
     def test_all_goes_by_rule(self) -> None:
         space = self.learned()
         trainer = space.make_trainer(space.tasks[0], "paths")
-        assert set(space.ewc.consolidate(space.batches(trainer)).paths.values()) == {"rule"}
+        assert set(space.regularizer.consolidate(space.batches(trainer)).paths.values()) == {"rule"}

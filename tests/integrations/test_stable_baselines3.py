@@ -24,21 +24,21 @@ def test_each_step_has_the_gradient_of_the_penalty() -> None:
     space = recipe(page)
     move(space.policy)
     space.policy.optimizer.zero_grad()
-    penalty = gradients(space.policy, written_out(space.ewc, space.policy))
+    penalty = gradients(space.policy, written_out(space.regularizer, space.policy))
     assert max(float(each.abs().max()) for each in penalty.values()) > 0
     with recorded() as steps:  # no loss but the penalty
         space.policy.optimizer.step()
     (step,) = steps
     found = named(step, space.policy)
     assert_near(found, {name: penalty[name] for name in found})
-    assert set(found) == set(space.ewc.fisher)
+    assert set(found) == set(space.regularizer.fisher)
 
 
 def test_the_value_network_is_free_and_the_rest_goes_by_rule() -> None:
     space = recipe(page)
-    assert not [name for name in space.ewc.fisher if "value" in name]
+    assert not [name for name in space.regularizer.fisher if "value" in name]
     data = [(batch.observations, batch.actions.flatten()) for batch in space.rollout.get(16)]
-    assert set(space.ewc.consolidate(data).paths.values()) == {"rule"}
+    assert set(space.regularizer.consolidate(data).paths.values()) == {"rule"}
 
 
 def test_a_checkpoint_resumes_to_the_same_numbers(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_checkpoint_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     whole.save(tmp_path)
     fresh = recipe(page, seed=1, loop=False)
     fresh.resume(tmp_path)
-    assert fresh.ewc.n_tasks == 2
-    assert same(fresh.ewc.fisher, whole.ewc.fisher)
-    assert whole.ewc() > 0
-    assert torch.equal(fresh.ewc(), whole.ewc())
+    assert fresh.regularizer.n_tasks == 2
+    assert same(fresh.regularizer.fisher, whole.regularizer.fisher)
+    assert whole.regularizer() > 0
+    assert torch.equal(fresh.regularizer(), whole.regularizer())
