@@ -16,7 +16,7 @@ from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
 from ewc._settings import Settings
 from ewc._strength import Strength
-from ewc._summary import Summary, measure
+from ewc._summary import Summary, check_finite_curvature, measure
 from ewc.data.calling import Forward, check_forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning, warn
 from ewc.fisher import Squares, collect
@@ -210,6 +210,7 @@ class Estimate:
             with ranks.exchange("the curvature"):
                 binding = Binding(model, after, merging.precision)
                 curvature = measure(binding.precisions)
+            check_finite_curvature(curvature)
             summary = Summary(
                 n_tasks=after.n_tasks,
                 samples=self.squares.samples,

@@ -17,7 +17,7 @@ from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
 from ewc._settings import Settings
 from ewc._strength import Strength
-from ewc._summary import Curvature, Summary, measure
+from ewc._summary import Curvature, Summary, check_finite_curvature, measure
 from ewc.data.calling import Forward, check_forward
 from ewc.fisher.environment import undisturbed
 from ewc.likelihoods import Likelihood
@@ -243,7 +243,7 @@ class EWC(Copied):
                 )
                 check_fit(self._model, self._state, self._chosen or ())
                 parameters = collectable(self._model, self._chosen)
-                options = {**self._configuration(), "strength": self._strength_option.fixed}
+                options = {**self._configuration(), "strength": self._strength_option.written}
                 agree_on(task, ranks, self._model, self._state, parameters, self._settings, options)
                 estimate = task.estimate(self._model, parameters, self._settings, ranks, undo)
                 binding, summary = estimate.merged_into(
@@ -333,6 +333,7 @@ class EWC(Copied):
             )
             with ranks.exchange("the curvature"):
                 curvature = measure(self._merging.precisions(restored.quadratics))
+            check_finite_curvature(curvature)
             ranks.finish()
             self._commit(restored.warned_like(self._state), curvature)
 

@@ -46,6 +46,11 @@ class Strength:
         """Whether it is `"auto"`."""
         return self.fixed is None
 
+    @property
+    def written(self) -> float | str:
+        """It as the user writes it."""
+        return "auto" if self.fixed is None else self.fixed
+
     def in_use(self, curvatures: Iterable[Curvature]) -> float:
         """The number that multiplies the penalty.
 

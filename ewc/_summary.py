@@ -219,9 +219,6 @@ def measure(curvatures: Mapping[str, Tensor]) -> dict[str, Curvature]:
 
     Args:
         curvatures: Real tensors, by name. If some are sharded, this is a collective.
-
-    Raises:
-        ValueError: An entry is not finite; the message names the parameters.
     """
     alike: dict[Groups, list[str]] = {}
     for name, tensor in curvatures.items():
@@ -236,10 +233,18 @@ def measure(curvatures: Mapping[str, Tensor]) -> dict[str, Curvature]:
         read = torch.stack([sums, largest]).tolist()
         for name, trace, top in zip(names, *read, strict=True):
             found[name] = Curvature(curvatures[name].numel(), trace, top)
-    overflowed = [name for name, one in found.items() if not math.isfinite(one.largest)]
-    if overflowed:
+    return {name: found[name] for name in curvatures}
+
+
+def check_finite_curvature(curvatures: Mapping[str, Curvature]) -> None:
+    """Refuse a curvature that no finite penalty follows from.
+
+    Raises:
+        ValueError: An entry is not finite; the message names the parameters.
+    """
+    names = [name for name, one in curvatures.items() if not math.isfinite(one.largest)]
+    if names:
         raise ValueError(
             "The curvature of the penalty must be finite; found that it overflows for "
-            f"{listed_names(overflowed)}. Fix: a smaller prior_precision."
+            f"{listed_names(names)}. Fix: a smaller prior_precision."
         )
-    return {name: found[name] for name in curvatures}

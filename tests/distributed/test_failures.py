@@ -107,6 +107,8 @@ def disagrees(rank: int, world: int, what: str) -> str:
     options: dict[str, Any] = {}
     if what == "strength":
         options["strength"] = 1.0 + rank
+    if what == "automatic strength" and rank:
+        options["strength"] = 1.0
     if what == "names" and rank:
         options["parameters"] = ["0.weight"]
     if what == "shapes" and rank:
@@ -124,6 +126,7 @@ def disagrees(rank: int, world: int, what: str) -> str:
     ("what", "part"),
     [
         ("strength", "strength: 1.0 on rank 0; 2.0 on rank 1"),
+        ("automatic strength", "strength: 'auto' on rank 0; 1.0 on rank 1"),
         ("names", "the shape of '4.bias': (5,) on rank 0; None on rank 1"),
         ("shapes", "the shape of '0.weight': (8, 6) on rank 0; (9, 6) on rank 1"),
     ],
@@ -131,6 +134,25 @@ def disagrees(rank: int, world: int, what: str) -> str:
 def test_row_46b_ranks_that_disagree(two: Workers, what: str, part: str) -> None:
     for message in two.run(disagrees, what):
         assert part in message
+
+
+def overflows(rank: int, world: int, sharded: bool) -> str:
+    model = build("perceptron")
+    if sharded:
+        shard(model, "layers")
+    ewc = OnlineEWC(model, Classification(), prior_precision=1e39)
+    with unchanged(ewc, model):
+        try:
+            ewc.consolidate([data("perceptron", 4)])
+        except ValueError as error:
+            return str(error)
+    return "nothing raised"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_row_46b_a_prior_that_overflows(two: Workers, sharded: bool) -> None:
+    for message in two.run(overflows, sharded):
+        assert "curvature of the penalty must be finite" in message
 
 
 class Wayward(nn.Module):
