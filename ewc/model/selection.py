@@ -119,12 +119,12 @@ def check_released(names: Sequence[object], known: Collection[str]) -> None:
             f"forget must get one or more names of parameters; found {names!r}. "
             "Fix: pass names as separate arguments."
         )
-    among = set(known)
+    among = dict.fromkeys(known)
     unknown = [name for name in names if isinstance(name, str) and name not in among]
     if unknown:
         raise ValueError(
             "forget must get names of protected parameters; found unknown ones: "
-            f"{with_nearest(unknown, known)}. Fix: take names from the property fisher."
+            f"{with_nearest(unknown, among)}. Fix: take names from the property fisher."
         )
 
 

@@ -65,8 +65,8 @@ def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Poin
     if problems:
         raise ValueError(
             "at must have tensors with the names and shapes of the model's parameters; found that "
-            f"{'; '.join(problems)}. Fix: take names and shapes from model.named_parameters(), and "
-            "leave out buffers."
+            f"{'; '.join(problems)}. Fix: take names from the property fisher, without the "
+            "prefixes of wrappers, and leave out buffers."
         )
     return _by_protected_name(found, model, protected)
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ewc.model.names import named_parameters
-from ewc.model.selection import select
+from ewc.model.selection import check_released, select
 
 
 def test_names_in_canonical_order_once(model):
@@ -58,3 +58,9 @@ def test_wrong_item(model, item):
 def test_bare_parameters_are_refused(model):
     with pytest.raises(TypeError, match="named_parameters"):
         select(model, model.parameters())
+
+
+def test_an_unknown_name_to_release_shows_each_of_the_nearest_once():
+    known = ["0.weight", "2.weight", "0.weight"]
+    with pytest.raises(ValueError, match=r"nearest: '0.weight', '2.weight'\)"):
+        check_released(["_orig_mod.0.weight"], known)

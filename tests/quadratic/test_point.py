@@ -218,7 +218,8 @@ def test_nested_points_narrow_ones_and_buffers() -> None:
         "'0.weight' has no entries that can be read: it is nested",
         "'0.bias' has dtype torch.float8_e4m3fn, the parameter torch.float32",
         "no parameter is named 'seen'",
-        "Fix: take names and shapes from model.named_parameters(), and leave out buffers.",
+        "Fix: take names from the property fisher, without the prefixes of wrappers, and leave "
+        "out buffers.",
     ):
         ewc(
             at={
