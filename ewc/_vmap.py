@@ -35,9 +35,11 @@ def unwind(depth: int) -> None:
 def beneath() -> Iterator[None]:
     """Leave the innermost `vmap` in this context, to compute on physical tensors."""
     saved = _functorch.pop_dynamic_layer_stack()
+    depth_beneath = depth()
     try:
         yield
     finally:
+        unwind(depth_beneath)  # Python may swallow an interrupt, in a generator that it finalises
         _functorch.push_dynamic_layer_stack(saved)
 
 
