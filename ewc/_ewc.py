@@ -56,9 +56,9 @@ class EWC(Copied):
     Args:
         model: The model whose parameters are protected, wrapped (DDP, compiled, ...) or not.
         likelihood: The distribution of the targets that the outputs describe.
-        strength: lambda, a finite number `>= 0`; or `"auto"`, a number that is taken from the
-            curvature of the penalty after each consolidation, and undoes its scale: 5 divided by
-            its largest entry.
+        strength: lambda, a finite number `>= 0`; or `"auto"`: 5 divided by the largest entry of the
+            penalty's curvature, taken again after each consolidation. The scale of the curvature
+            then has no effect.
         parameters: `None`: every parameter with `requires_grad` when a consolidation starts. Else
             names, or `(name, parameter)` pairs of this model.
         forward: `forward(model, batch) -> outputs`, if the outputs are more than the model called

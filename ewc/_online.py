@@ -158,6 +158,8 @@ class DecayedMerging(Merging):
         if name not in self._prior:
             return fisher
         prior = self._prior[name].to(fisher.device, fisher.dtype)
+        if prior.dim():
+            prior = prior[: fisher.shape[0]]  # rows that a state leaves free have none yet
         if prior.dim() and prior.shape[0] < fisher.shape[0]:
             prior = torch.cat([prior, prior.new_zeros(fisher[prior.shape[0] :].shape)])
         return fisher + with_layout_of(prior, fisher)

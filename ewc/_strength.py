@@ -13,6 +13,7 @@ FACTOR = 5.0
 measurements that it was chosen by."""
 
 _MOST = torch.finfo(torch.float32).max
+"""The most that `"auto"` is: a larger number times a curvature of 0 would be NaN in float32."""
 
 
 @dataclass(frozen=True)

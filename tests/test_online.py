@@ -121,3 +121,18 @@ def test_a_prior_that_overflows_in_the_dtype_of_the_parameters(prior, strength):
         raises(ValueError, "curvature", "finite", "'0.bias'", "Fix: a smaller prior_precision"),
     ):
         ewc.consolidate(make_task())
+
+
+def test_a_state_that_leaves_rows_with_a_prior_free():
+    prior = {"2.bias": torch.full((3,), 2.0)}
+    model, ewc = make_online(decay=0.5, prior_precision=prior, strength=1.0)
+    ewc.consolidate(make_task())
+    state = ewc.state_dict()
+    state["free_rows"]["2.bias"] = 1
+    ewc.load_state_dict(state)
+    assert ewc.fisher["2.bias"].shape == (2,)
+    with torch.no_grad():
+        model[2].bias.add_(1.0)
+    assert ewc().item() == pytest.approx(
+        0.5 * (0.5 * ewc.fisher["2.bias"] + 2.0).sum().item(), rel=1e-5
+    )

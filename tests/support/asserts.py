@@ -98,6 +98,7 @@ def _object(ewc: EWC) -> dict[str, Any]:
     found: dict[str, Any] = {
         "n_tasks": ewc.n_tasks,
         "strength": ewc.strength,
+        "curvature": dict(ewc._curvature),
         "names": list(ewc.fisher),
         "chosen": ewc._chosen,
         "warned": (ewc._state.warned, ewc._state.warned_slow),
