@@ -1,9 +1,9 @@
-"""Choosing `strength`: a sweep, the principled value beside it, and where training turns unstable.
+"""Choosing `strength`: a sweep, the value of Laplace's approximation, and the bound of stability.
 
 A network learns handwritten digits, and then the same digits with their pixels in another order.
-The second task is learned once for each strength, from the same beginning. Too weak, and the first
-task is forgotten; too strong, and the second is not learned; stronger still, and gradient descent
-on the penalty diverges, at a value that is known beforehand.
+The second task is learned once for each strength, from the same network. If the penalty is too
+weak, the first task is forgotten; if it is too strong, the second is not learned. Above a bound
+that is known beforehand, gradient descent on the penalty diverges.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 
 LR = 0.1
 STEPS = 400
-# In units of 1 / N, which is what Laplace's approximation says for a mean loss.
+# In units of 1 / N, the value of Laplace's approximation for a mean loss.
 SWEEP = [10 ** (half / 2) for half in range(-2, 10)]
 
 
@@ -41,7 +41,7 @@ class Task(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What came out; accuracies are NaN where training diverged."""
+    """The results; accuracies are NaN if training diverged."""
 
     strengths: list[float]  # in units of 1 / N
     first: Tensor  # test accuracy on the first task, for each strength
@@ -64,9 +64,8 @@ def sweep(seed: int, strengths: list[float] = SWEEP, steps: int = STEPS) -> Swee
     accuracies = []
     for strength in strengths:
         torch.manual_seed(seed)
-        again, its_regularizer = copy.deepcopy(
-            (model, regularizer)
-        )  # together: the copy guards the copy
+        # Copied together, so that the copy of the regularizer protects the copy of the model.
+        again, its_regularizer = copy.deepcopy((model, regularizer))
         its_regularizer.strength = strength / n
         stable = train(again, its_regularizer, second, steps)
         pair = (accuracy(again, first), accuracy(again, second))
@@ -102,7 +101,7 @@ def permuted_digits() -> Task:
 
 
 def check(found: Sweep) -> None:
-    """What this example claims: the middle remembers, and the limit is where it should be."""
+    """What this example claims: a medium strength is best, and the bound is right."""
     strength = torch.tensor(found.strengths)
     stable = ~found.first.isnan()
     assert stable[strength < 0.5 * found.limit].all(), "diverged below the limit"
@@ -159,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("choosing_strength.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     found = sweep(options.seed)
     print(table(found))
     print(

@@ -1,9 +1,9 @@
-"""Regression over a sequence of functions, with the uncertainty that the Fisher gives.
+"""Regression on a curve in three pieces, with the uncertainty that the Fisher information gives.
 
-A curve is seen in three pieces of the x axis, one after the other. The Fisher information of the
-pieces so far, summed over their samples, plus the precision of a prior, is the precision of the
-weights in Laplace's approximation. It holds the learned pieces in place, and it says how far the
-curve may still move: little where there was data, much where there was none.
+A network learns a curve in three pieces of the x axis, one after the other. The Fisher
+information of the pieces so far, summed over their samples, plus the precision of a prior, is the
+precision of the weights in Laplace's approximation. It protects the learned pieces, and it gives
+the uncertainty of the output: small on pieces with data, large elsewhere.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ class Bumps(nn.Module):
 
 
 def curve(x: Tensor) -> Tensor:
-    """What is to be learned."""
+    """The curve to learn."""
     return torch.sin(2 * x) + 0.3 * x
 
 
 class Belief(NamedTuple):
-    """What the network says on the grid, and how sure it is of that."""
+    """The output on the grid, and its standard deviation."""
 
     mean: Tensor  # [points]
     deviation: Tensor  # [points]
 
 
 def learn(data: list[tuple[Tensor, Tensor]], strength: float, steps: int = STEPS) -> list[Belief]:
-    """Learn the pieces one after the other; what the network says after each of them.
+    """Learn the pieces one after the other; the output after each of them.
 
     With a mean loss, Laplace's approximation says `reduction="sum"` and `strength = 1 / N`.
     """
@@ -87,7 +87,7 @@ def learn(data: list[tuple[Tensor, Tensor]], strength: float, steps: int = STEPS
 
 
 def deviation(model: nn.Module, regularizer: OnlineEWC) -> Tensor:
-    """The standard deviation of the network's output: its gradients, through the weights' own."""
+    """The standard deviation of the output, from its gradients and that of the weights."""
     parameters = {name: one.detach() for name, one in model.named_parameters()}
     jacobian = jacrev(lambda values: functional_call(model, values, GRID)[:, 0])(parameters)
     return sum(
@@ -126,7 +126,7 @@ def errors(belief: Belief) -> list[float]:
 
 
 def check(results: dict[str, list[Belief]]) -> None:
-    """What this example claims: the first pieces are remembered, and it knows what it has seen."""
+    """What this example claims: the first pieces are protected, and unseen ones are uncertain."""
     plain, ours = (errors(results[method][-1]) for method in ("fine-tuning", "OnlineEWC"))
     assert sum(ours[:2]) < 0.5 * sum(plain[:2]), f"errors {ours} against {plain}"
     first = results["OnlineEWC"][0].deviation
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("functions.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     results = compare(options.seed)
     heading = " " * 13 + "".join(f"{f'piece {n}':>9}" for n in range(1, len(PIECES) + 1))
     print("Error on each piece after the last one (root mean square; the noise is 0.1)")

@@ -1,8 +1,8 @@
-"""A hypernetwork: the protected parameters make the weights of another network.
+"""A hypernetwork: EWC protects parameters that compute the weights of another network.
 
-The hypernetwork turns an embedding of the task into all the weights of a main network, which has no
-parameters of its own. Each task is the handwritten digits with their pixels in another order. To
-forget a task is to make other weights from its embedding; EWC protects the hypernetwork.
+The hypernetwork computes all the weights of a main network from an embedding of the task; the main
+network has no parameters itself. Each task is the handwritten digits with their pixels in another
+order. A task is forgotten if its embedding leads to other weights. EWC protects the hypernetwork.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Hypernetwork(nn.Module):
         self.hidden = nn.Linear(size, 32)
         self.out = nn.Linear(32, sum(shape.numel() for shape in self.shapes.values()))
         nn.init.normal_(self.out.weight, std=0.02)
-        with torch.no_grad():  # on average, the main network begins as it would without us
+        with torch.no_grad():  # at first, the main network's usual initialisation plus noise
             self.out.bias.copy_(torch.cat([one.flatten() for one in main.parameters()]))
 
     def forward(self, task: int) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class Hypernetwork(nn.Module):
 
 
 def run(main: nn.Module, task: int, model: nn.Module, batch: Any) -> Tensor:
-    """The main network's outputs for a batch, with the weights that `model` makes for `task`."""
+    """The main network's outputs for a batch, with the weights that `model` computes for `task`."""
     return functional_call(main, model(task), (batch[0],))
 
 
@@ -122,7 +122,7 @@ def compare(seed: int, steps: int = STEPS) -> dict[str, Tensor]:
 
 
 def check(results: dict[str, Tensor]) -> None:
-    """What this example claims: the tasks before the last are remembered better."""
+    """What this example claims: the tasks before the last are forgotten less."""
     plain, ours = (float(results[m][-1, :-1].mean()) for m in ("fine-tuning", "EWC"))
     assert ours > plain + 0.05, f"EWC keeps {ours:.3f}, fine-tuning {plain:.3f}"
 
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("hypernetwork.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     runs = [compare(options.seed + i) for i in range(SEEDS)]
     results = {method: torch.stack([run[method] for run in runs]).mean(0) for method in runs[0]}
     print(f"Test accuracy after the last task, in percent (mean of {SEEDS} seeds)")

@@ -1,9 +1,9 @@
 """A small language model, fine-tuned on one text and then on another, with LoRA and without.
 
 A character-level transformer is pretrained on words and signs in no order. Then it learns to
-write sentences, and after them sums. Plainly fine-tuned, it forgets how to write sentences. EWC
-protects what is trained: all weights, or, with LoRA, only the small matrices beside the frozen
-ones.
+write sentences, and after them sums. With plain fine-tuning it then forgets how to write
+sentences. EWC protects the parameters that are trained: all weights, or, with LoRA, only the
+small matrices beside the frozen weights.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def compare(
 
 
 def check(results: dict[tuple[str, str], Tensor]) -> None:
-    """What this example claims: sentences are remembered, and sums learned, in both ways."""
+    """What this example claims: with EWC sentences are kept and sums learned, in both ways."""
     for trained in RATES:
         plain, ours = (results[trained, method] for method in ("fine-tuning", "EWC"))
         assert ours[-1, 0] < plain[-1, 0] - 1, f"{trained}: {ours[-1]} against {plain[-1]}"
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("language_model.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     results = compare(options.seed)
     print("Bits per character after both texts")
     print(f"{'trained':14}{'method':14}{'sentences':>10}{'sums':>8}")

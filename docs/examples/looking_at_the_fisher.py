@@ -1,8 +1,8 @@
 """Looking at the Fisher: as a table and as a picture, after two tasks.
 
 A network learns the handwritten digits 0 to 4, and then 5 to 9. Some pixels at the edges are dark
-in every image: nothing depends on their weights, so their Fisher information is 0 and EWC leaves
-them free. The other weights are held, those near the output more than those near the pixels.
+in every image. The outputs do not depend on their weights, so their Fisher information is 0 and EWC
+leaves them free. It protects the other weights, those near the output most.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", default="looking_at_the_fisher.png", help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     torch.manual_seed(options.seed)
     tasks = halves()
     regularizer = learn(tasks)

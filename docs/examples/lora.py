@@ -1,4 +1,4 @@
-"""EWC for LoRA: in the space of the weights, or of the adapter.
+"""EWC for LoRA: on the adapted weights, or on the adapter's matrices.
 
 A network learns a first task. Then its weights are frozen, and small matrices beside them (LoRA,
 Hu et al., 2021) learn two more. EWC of the adapter protects `up` and `down` themselves; EWC of the
@@ -121,7 +121,7 @@ def turned() -> list[Task]:
 
 
 def split() -> list[Task]:
-    """The digits 0 to 3, 4 to 6, 7 to 9, each group with outputs of its own, in noise."""
+    """The digits 0 to 3, 4 to 6, 7 to 9, each group with its own outputs, with noise."""
     return [digits(head, noise=0.4) for head in ([0, 1, 2, 3], [4, 5, 6], [7, 8, 9])]
 
 
@@ -158,7 +158,7 @@ def summarised(accuracies: Tensor) -> tuple[float, float]:
 
 
 def gain(results: Results) -> tuple[float, float]:
-    """What the space of the weights gains, each space at its best strength; standard error."""
+    """The gain of EWC of the weights, both at their best strength; its standard error."""
     best = [max((results[s, f] for f in FACTORS), key=torch.mean) for s in ("weights", "adapter")]
     return summarised(best[0] - best[1])
 
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("lora.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     runs = {}
     for make in (turned, split):
         found = [compare(make, options.seed + i) for i in range(SEEDS)]
@@ -216,7 +216,7 @@ def main() -> None:
 
 
 def check(runs: dict[str, Results]) -> None:
-    """What this example claims: the space of the weights loses nowhere, and gains on one set."""
+    """What this example claims: EWC of the weights is never worse, and better on one set."""
     gains = {name: gain(results)[0] for name, results in runs.items()}
     assert gains["turned digits"] > 3, gains
     assert gains["split digits"] > -1, gains

@@ -1,9 +1,9 @@
-"""A mask of the most important weights: frozen for the next task, or kept when the rest is pruned.
+"""Masks of the most important weights: frozen for the next task, or kept in pruning.
 
-Digits are learned with their pixels in one order, then in a second and a third. After each task the
-share of the weights whose Fisher is the largest is frozen, by masking gradients; the others are
-free. EWC is a penalty by the same Fisher. The same order by importance, times the squared weight,
-says which weights a network can do without.
+A network learns digits with their pixels in one order, then in a second and a third. After each
+task, the weights with the largest Fisher information are frozen, by masking gradients. EWC uses
+the same Fisher information in a penalty. For pruning, the Fisher information times the squared
+weight orders the weights by importance.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Results = dict[tuple[str, float], Tensor]  # accuracy, by method and share of th
 
 
 def largest(importance: Weights, share: float) -> Weights:
-    """Masks of the entries that are among the largest share of all."""
+    """Masks of the largest entries: a share of all entries."""
     threshold = torch.cat([one.flatten() for one in importance.values()]).quantile(1 - share)
     return {name: one > threshold for name, one in importance.items()}
 
@@ -75,7 +75,7 @@ def learn(tasks: list[Task], method: str, share: float = 0.0, steps: int = STEPS
 
     Args:
         tasks: What is learned.
-        method: "none", "EWC", or what decides which weights are frozen.
+        method: "none", "EWC", or the criterion for freezing weights.
         share: Of the weights, frozen from the second task on.
         steps: Per task.
 
@@ -93,7 +93,7 @@ def learn(tasks: list[Task], method: str, share: float = 0.0, steps: int = STEPS
 
 
 def prune(task: Task, steps: int = STEPS) -> dict[tuple[str, float], Tensor]:
-    """Test accuracy by what decides which weights are set to 0, and by their share."""
+    """Test accuracy by the criterion for pruning, and by the share of pruned weights."""
     model = network()
     train(model, task, steps, None, {})
     whole = copy.deepcopy(model.state_dict())
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("masks.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     runs = [compare(options.seed + i) for i in range(SEEDS)]
     learned, pruned = (
         {key: torch.stack([one[key] for one in each]) for key in each[0]}
@@ -206,7 +206,7 @@ def main() -> None:
 
 
 def check(learned: Results, pruned: Results) -> None:
-    """What this example claims: masks come close to EWC, not beyond; for pruning, no gain."""
+    """What this example claims: masks come close to EWC, and do not gain in pruning."""
     plain, protected = (summarised(learned[method, 0.0])[0] for method in ("none", "EWC"))
     best = {by: max(summarised(learned[by, s])[0] for s in FROZEN) for by in COLOURS}
     assert best["Fisher"] > plain + 20, f"{best} against {plain:.1f} without"

@@ -1,8 +1,8 @@
 """Merging two models that were fine-tuned from one start: by the Fisher, or by the plain mean.
 
-Fisher merging (Matena & Raffel, 2022) weighs every entry of the two models by its Fisher
-information. It is the minimiser of the two models' EWC penalties, so it is also what `EWC` holds
-as its anchor after it has consolidated both.
+Fisher merging (Matena & Raffel, 2022) weights every entry of the two models by its Fisher
+information. The result minimises the sum of the two models' EWC penalties, so it is also the
+anchor of an `EWC` object that has consolidated both.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def merged(a: Weights, b: Weights, fisher_a: Weights, fisher_b: Weights, share: 
     for name, mean in mixed(a, b, share).items():
         f_a, f_b = share * fisher_a[name], (1 - share) * fisher_b[name]
         found = (f_a * a[name] + f_b * b[name]) / (f_a + f_b)
-        result[name] = torch.where(f_a + f_b > 0, found, mean)  # neither has a say: the mean
+        result[name] = torch.where(f_a + f_b > 0, found, mean)  # the mean if both are 0
     return result
 
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("merging.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     runs = {}
     for make in (turned, classes, covered):
         found = [compare(make, options.seed + i) for i in range(SEEDS)]
@@ -213,7 +213,7 @@ def main() -> None:
 
 
 def check(tables: dict[str, dict[str, Tensor]]) -> None:
-    """What this example claims: the Fisher gains on halves of images, and nowhere else."""
+    """What this example claims: Fisher merging is better on halves of images only."""
     for name, table in tables.items():
         gain = table["Fisher merging, best share"] - table["plain mean, best share"]
         mean, error = summarised(gain)

@@ -1,8 +1,8 @@
 """Catastrophic forgetting, and EWC against it, on a sequence of permuted handwritten digits.
 
-One small network learns five tasks, one after the other. Each task is scikit-learn's digits (1797
-real images of 8 x 8 pixels) with its pixels in another order. While a task is learned, the data of
-the earlier ones is gone; only joint training, the upper bound, still has it.
+One small network learns five tasks, one after the other. Each task has scikit-learn's digits (1797
+real images of 8 x 8 pixels) with the pixels in another order. While a task is learned, the data of
+the earlier tasks is not available; only joint training, the upper bound, has it.
 """
 
 import argparse
@@ -112,12 +112,12 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
 
 
 def main() -> None:
-    """Compare the methods, print and draw what came out, and check it."""
+    """Compare the methods, print and draw the results, and check them."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("permuted_digits.png"), help="picture")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     jobs = [(method, seed) for method in COLOURS for seed in range(arguments.seeds)]
     runs = {job: learn(*job) for job in tqdm(jobs, unit="run")}
     found = {m: torch.stack([runs[m, s] for s in range(arguments.seeds)]) for m in COLOURS}

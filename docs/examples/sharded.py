@@ -1,7 +1,7 @@
-"""Two processes, one sharded model, two tasks; then a single process goes on from the checkpoint.
+"""Two processes train one sharded model on two tasks; one process continues from the checkpoint.
 
     torchrun --standalone --nproc-per-node 2 sharded.py     # trains, and writes a checkpoint
-    python sharded.py                                       # goes on from it
+    python sharded.py                                       # continues from it
 
 The tasks are scikit-learn's digits 0 to 4, and 5 to 9 as the same five classes. Each process has
 every second sample and half of every parameter. It also works with one process, or four.
@@ -65,7 +65,7 @@ def train_and_save(tasks: list[Digits], folder: Path) -> None:
 
 
 def resume(tasks: list[Digits], folder: Path) -> None:
-    """Go on in one process: the same checkpoint, a model that is not sharded."""
+    """Continue in one process from the same checkpoint, with a model that is not sharded."""
     model = build()
     regularizer = EWC(model, Classification(), strength=STRENGTH)
     state = {"model": model.state_dict(), "ewc": regularizer.state_dict()}
@@ -77,7 +77,7 @@ def resume(tasks: list[Digits], folder: Path) -> None:
     assert regularizer.n_tasks == 2
     assert min(first, second) > 0.65, "the processes must have learned both tasks"
 
-    # What the penalty is good for: the second task once more, without it.
+    # For comparison, the second task once more without the penalty.
     regularizer.strength = 0.0
     train(model, regularizer, tasks[1])
     say(f"after more of the second task, without the penalty: {report(model, tasks)}")
@@ -108,7 +108,7 @@ def digits(first: int) -> Digits:
 
 
 def loader(task: Digits) -> DataLoader[tuple[Tensor, ...]]:
-    """Every process's own samples. All have equally many, or training would wait for ever."""
+    """Every process's own samples. All have equally many, or training would never end."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     own = TensorDataset(*(each[rank::world][: len(each) // world] for each in task))
     return DataLoader(own, batch_size=32 // world, shuffle=True)

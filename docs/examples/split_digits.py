@@ -1,8 +1,8 @@
 """A head per task: five pairs of handwritten digits, learned one after the other.
 
-The network has ten outputs, and each task uses two of them: its head. It is known which task an
-image belongs to, so only the outputs of that head are compared, in training, in testing and in the
-Fisher information. What a network forgets here is what lies beneath the heads.
+The network has ten outputs, and each task uses two of them: its head. The task of an image is
+known, so only the outputs of its head are compared, in training, in testing and in the Fisher
+information. Forgetting happens in the layers below the heads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 SEEDS = 3
 STRENGTH = 100.0
 EPOCHS = 10
-NOISE = 0.4  # of the pixels: without it, two digits are too easy to be forgotten
+NOISE = 0.4  # added to the pixels: without it, two digits are too easy to be forgotten
 
 
 class Task(NamedTuple):
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("split_digits.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     runs = [compare(options.seed + i) for i in range(SEEDS)]
     results = {method: torch.stack([run[method] for run in runs]).mean(0) for method in runs[0]}
     print(f"Test accuracy after the last task, in percent (mean of {SEEDS} seeds)")
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def check(results: dict[str, Tensor]) -> None:
-    """What this example claims: earlier tasks are remembered, and the last one is learned."""
+    """What this example claims: earlier tasks are forgotten less, and the last one is learned."""
     plain, ours = results["fine-tuning"][-1], results["EWC"][-1]
     gain = float((ours - plain)[:-1].mean())
     assert gain > 0.04, f"EWC gains only {gain:.3f} on the tasks before the last"

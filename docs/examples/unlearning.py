@@ -1,9 +1,9 @@
 """Unlearning a digit by its Fisher information, compared with retraining without it.
 
-Selective synaptic dampening (Foster et al., 2024): where the Fisher of what is to be forgotten is
-more than `alpha` times that of what is retained, the weight is multiplied by the inverse of that
-ratio. No training is needed. In the first set each digit is a class; in the second the classes are
-even and odd, so the digit that is forgotten shares its class with four others.
+Selective synaptic dampening (Foster et al., 2024): if the Fisher information of the digit to
+forget is more than `alpha` times that of the retained data, the weight is multiplied by the
+inverse of that ratio. No training is needed. In the first set each digit is a class; in the
+second the classes are even and odd, so the forgotten digit shares its class with four others.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("unlearning.png"), help="picture")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for products this small, threads only wait for each other
+    torch.set_num_threads(1)  # more threads are slower for products this small
     sets = {}
     for name, classes in CLASSES.items():
         runs = [forget(run % 10, classes, options.seed + run) for run in range(RUNS)]
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def check(sets: dict[str, dict[str, Tensor]]) -> None:
-    """What this example claims: only in part is a digit forgotten, and others are damaged."""
+    """What this example claims: a digit is forgotten only in part, and others are damaged."""
     for name, results in sets.items():
         before, goal = results[ORIGINAL].mean(0), results[RETRAINED].mean(0)
         found = results["exact, alpha 2"].mean(0)
