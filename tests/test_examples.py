@@ -111,7 +111,9 @@ class TestGallery:
         batch = example.make(example.WAVES["sines"], 20)
         assert not batch.values[~batch.mask].any()
         results = example.compare(0, steps=10)
-        example.draw(results, 0, picture)
+        errors = {method: rows for method, (_, rows) in results.items()}
+        models = {method: model for method, (model, _) in results.items()}
+        example.draw(errors, models, 0, picture)
 
     def test_language_model(self, picture: Path) -> None:
         example = load("language_model")
