@@ -149,3 +149,87 @@ class TestData:
         parts = data.digits(0)
         assert [len(part.y) for part in parts] == [1077, 360, 360]
         assert torch.cat([part.y for part in parts]).bincount().sum() == 1797
+
+
+class TestLearning:
+    @pytest.fixture
+    def learning(self, study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+        data, learning = (importlib.import_module(name) for name in ("_data", "_learning"))
+        generator = torch.Generator().manual_seed(0)
+        parts = [
+            data.Part(torch.rand(200, 196, generator=generator), torch.arange(200) % 10)
+            for _ in range(3)
+        ]
+        monkeypatch.setattr(learning, "mnist", lambda side: data.Data(*parts))
+        return learning
+
+    def test_labels_count_within_a_head_and_some_are_wrong(self, learning: ModuleType) -> None:
+        clean, noisy = learning.split(0), learning.split(0, noise=0.5)
+        assert [task.head for task in clean] == [[n, n + 1] for n in range(0, 10, 2)]
+        for one, other in zip(clean, noisy, strict=True):
+            assert torch.equal(one.train.x, other.train.x)
+            assert torch.equal(one.test.y, other.test.y)
+            assert one.train.y.unique().tolist() == [0, 1]
+            assert 0 < (one.train.y != other.train.y).float().mean() < 1
+
+    def test_each_task_has_an_order_of_its_own(self, learning: ModuleType) -> None:
+        first, second = learning.permuted(2, seed=0, samples=200, scored=200)
+        assert not torch.equal(first.test.x, second.test.x)
+        for one in (first, second):
+            total = one.train.x.sum()
+            assert total == pytest.approx(float(learning.mnist(14).train.x.sum()), rel=1e-4)
+
+    def test_the_fisher_of_batches_squares_their_mean_gradients(self, learning: ModuleType) -> None:
+        (task, *_) = learning.split(0)
+        learner = learning.Learner(0, 1, learning.Fisher(batch=8), strength=2.0, relative=True)
+        learner.consolidate(task)
+        parameters = dict(learner.model.named_parameters())
+        total = {name: torch.zeros_like(one) for name, one in parameters.items()}
+        batches = list(zip(task.train.x.split(8), task.train.y.split(8), strict=True))
+        for x, y in batches:
+            loss = torch.nn.functional.cross_entropy(learner.model(x)[:, task.head], y)
+            for name, one in zip(
+                total, torch.autograd.grad(loss, [*parameters.values()]), strict=True
+            ):
+                total[name] += one.square() / len(batches)
+        assert len(batches) == 5
+        for name, one in learner.ewc.fisher.items():
+            torch.testing.assert_close(one, total[name])
+        largest = max(float(one.max()) for one in total.values())
+        assert learner.ewc.strength == pytest.approx(2.0 / largest)
+
+    def test_the_automatic_strength_is_that_of_the_library(self, learning: ModuleType) -> None:
+        (task, *_) = learning.split(0)
+        strengths = []
+        for relative in (True, False):
+            learner = learning.Learner(0, 1, learning.Fisher(), "auto", relative=relative)
+            learner.consolidate(task)
+            strengths.append(learner.ewc.strength)
+        assert strengths[0] == strengths[1] > 0
+
+    @pytest.mark.parametrize("exact", [True, False])
+    def test_one_sample_at_a_time_is_the_same_fisher(
+        self, learning: ModuleType, exact: bool
+    ) -> None:
+        script = importlib.import_module("van_de_ven")
+        task = learning.split(0)[1]
+        learner = learning.Learner(0, 1, learning.Fisher("exact" if exact else "empirical"))
+        learner.consolidate(task)
+        found = script.one_at_a_time(learner.model, task.train, task.head, exact=exact)
+        for one, other in zip(learner.ewc.fisher.values(), found, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_a_run_that_diverges_has_no_accuracy(self, learning: ModuleType) -> None:
+        learner = learning.Learner(
+            0, 40, learning.Fisher(), strength=1e9, relative=True, optimizer=learning.sgd
+        )
+        found = learner.sequence(learning.split(0)[:2])
+        assert (found["diverged"], found["test"], found["tasks"]) == (True, 0.0, [0.0, 0.0])
+
+    def test_a_quadratic_around_the_latest_parameters_is_joint_training(
+        self, learning: ModuleType
+    ) -> None:
+        found = importlib.import_module("_closed_form").distances(0, 3)
+        assert max(found["online"]) < 1e-12
+        assert max(found["separate"][:2]) < 1e-12
+        assert found["separate"][2] > 0.01

@@ -22,7 +22,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 IMAGES = FOLDER.parent / "images"
-sys.path += [str(FOLDER.parent / "benchmarks"), str(FOLDER.parent / "examples")]
+sys.path.append(str(FOLDER.parent / "benchmarks"))
 from _harness import interleave, machine, markers, number, table, write  # noqa: E402
 
 __all__ = ["interleave", "number", "table"]  # of the benchmarks, for the scripts here
