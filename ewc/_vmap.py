@@ -25,10 +25,19 @@ def depth() -> int:
     return found
 
 
+_ENDS = {
+    _functorch.TransformType.Vmap: _functorch._vmap_decrement_nesting,
+    _functorch.TransformType.Grad: _functorch._grad_decrement_nesting,
+    _functorch.TransformType.Jvp: _functorch._jvp_decrement_nesting,
+    _functorch.TransformType.Functionalize: _functorch._func_decrement_nesting,
+}
+"""What ends a transform. PyTorch's own way back to a depth ends two for each in 2.6."""
+
+
 def unwind(depth: int) -> None:
     """End transforms that an interrupt has left running, until only `depth` of them are."""
-    if _functorch.get_dynamic_layer_stack_depth() > depth:
-        _functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    while _functorch.get_dynamic_layer_stack_depth() > depth:
+        _ENDS[_functorch.peek_interpreter_stack().key()]()
 
 
 @contextmanager
