@@ -1,9 +1,9 @@
 """What the documentation says is executed, and agrees with the rest of the project.
 
-Every ```python block of the README and of docs/ runs, in order, one namespace for each file. Code
-that a page needs but does not show stands in an HTML comment that begins with `setup`. Blocks of
-another project's code are fenced as ```py, and are not run. The `>>>` examples of public docstrings
-run too.
+Every ```python block of the README, of docs/ and of docs/tutorials/ runs, in order, one namespace
+for each file. Code that a page needs but does not show stands in an HTML comment that begins with
+`setup`. Blocks of another project's code are fenced as ```py, and are not run. The `>>>` examples
+of public docstrings run too.
 """
 
 import doctest
@@ -24,7 +24,8 @@ from tests.support.pages import blocks, run
 from tests.support.versions import needs_sharding
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *TUTORIALS]
 WITH_CODE = [page for page in PAGES if blocks(page.read_text(encoding="utf-8"))]
 
 # The table "hypnettorch's functions, and where each went": what each row names, there and here.
@@ -213,3 +214,11 @@ def test_every_page_is_in_the_contents() -> None:
     listed = {line for block in entries for line in block.splitlines()}
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     assert pages <= listed, pages - listed
+
+
+def test_every_tutorial_is_in_the_contents_and_has_blocks_that_run() -> None:
+    index = TUTORIALS[0].with_name("index.md")
+    listed = index.read_text(encoding="utf-8").split("```{toctree}")[1].splitlines()
+    tutorials = [page for page in TUTORIALS if page != index]
+    assert [page.stem for page in tutorials if page.stem not in listed] == []
+    assert [page.stem for page in tutorials if page not in WITH_CODE] == []
