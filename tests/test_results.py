@@ -126,6 +126,49 @@ class TestProtection:
         assert ewc().item() == pytest.approx(2 / 2 * (1 + 3) * 0.25)
 
 
+class TestLanguage:
+    @pytest.fixture
+    def language(self, study: ModuleType) -> ModuleType:
+        return importlib.import_module("_language")
+
+    def test_parts_of_a_text_have_no_character_in_common(self, language: ModuleType) -> None:
+        texts = importlib.import_module("_texts")
+        text = texts.Text("a" * 900 + "b" * 50 + "c" * 50)
+        for part, character in (("train", "a"), ("validation", "b"), ("test", "c")):
+            windows = text.windows(part, 20, 8, torch.Generator().manual_seed(0))
+            assert windows.shape == (20, 9)
+            assert set(windows[:, 0].tolist()) == {texts.START}
+            assert set(windows[:, 1:].flatten().tolist()) == {texts.ALPHABET.index(character)}
+
+    def test_a_new_adapter_changes_nothing(self, language: ModuleType) -> None:
+        base = language.Transformer()
+        symbols = torch.randint(90, (2, language.LENGTH))
+        before = base(symbols)
+        adapter = language.LoRA(base)
+        torch.testing.assert_close(adapter(symbols), before)
+        assert {
+            name.split(".")[0] for name, one in adapter.named_parameters() if one.requires_grad
+        } == {
+            "ups",
+            "downs",
+        }
+
+    def test_the_model_sees_no_later_character(self, language: ModuleType) -> None:
+        model = language.Transformer()
+        symbols = torch.randint(90, (1, language.LENGTH))
+        changed = symbols.clone()
+        changed[:, 20:] = 3
+        torch.testing.assert_close(model(symbols)[:, :20], model(changed)[:, :20])
+
+    def test_what_a_model_writes_follows_its_predictions(self, language: ModuleType) -> None:
+        model = language.Transformer()
+        with torch.no_grad():
+            model.out.bias[5] = 100.0
+        windows = language.written(model, 3, torch.Generator().manual_seed(0))
+        assert windows.shape == (3, language.LENGTH + 1)
+        assert set(windows[:, 1:].flatten().tolist()) == {5}
+
+
 class TestData:
     @pytest.fixture
     def data(self, study: ModuleType) -> ModuleType:
