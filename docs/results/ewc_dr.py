@@ -206,9 +206,10 @@ def _accuracy(model: nn.Module, parts: list[Part], known: int | None = None) -> 
 
 
 def run(store: Store, quick: bool) -> None:
-    """All runs; the quick form has two seeds, few steps and one strength."""
+    """All runs; the quick form has two seeds, two tasks, few steps and one strength."""
     steps = 3 if quick else STEPS
-    for setting, (kind, count) in SETTINGS.items():
+    for setting, (kind, full) in SETTINGS.items():
+        count = 2 if quick else full
         seeds = SEEDS[:2] if quick else SEEDS
         for seed in seeds:
             plain = Learner(kind, seed, steps)
@@ -225,7 +226,7 @@ def run(store: Store, quick: bool) -> None:
 
             grid = L2_GRID if name == L2 else GRID
             grid = grid[:1] if quick else grid
-            options = {"seeds": seeds, "tuning_seeds": TUNING_SEEDS}
+            options = {"seeds": seeds, "tuning_seeds": TUNING_SEEDS[: 1 if quick else 3]}
             tuned(store, grid, one, **options, setting=setting, importance=name)
 
 
