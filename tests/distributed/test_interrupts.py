@@ -225,6 +225,7 @@ def left_alone(rank: int, world: int) -> float:
     return took
 
 
+@pytest.mark.slow
 def test_row_46e_no_process_waits_for_one_that_has_left(two: Workers) -> None:
     assert max(two.run(left_alone)) < _LONG
 
