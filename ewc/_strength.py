@@ -13,7 +13,7 @@ FACTOR = 5.0
 measurements that it was chosen by."""
 
 _MOST = torch.finfo(torch.float32).max
-"""The most that `"auto"` is: a larger number times a curvature of 0 would be NaN in float32."""
+"""The largest strength of `"auto"`: in float32 a larger one is infinite, and times 0 it is NaN."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Strength:
 
     @property
     def written(self) -> float | str:
-        """It as the user writes it."""
+        """The strength as the user writes it, for comparison between processes."""
         return "auto" if self.fixed is None else self.fixed
 
     def in_use(self, curvatures: Iterable[Curvature]) -> float:

@@ -31,7 +31,8 @@ _ENDS = {
     _functorch.TransformType.Jvp: _functorch._jvp_decrement_nesting,
     _functorch.TransformType.Functionalize: _functorch._func_decrement_nesting,
 }
-"""What ends a transform. PyTorch's own way back to a depth ends two for each in 2.6."""
+"""The function that ends each kind of transform. In PyTorch 2.6 its own function for returning to a
+depth, `pop_dynamic_layer_stack_and_undo_to_depth`, ends two transforms at each step."""
 
 
 def unwind(depth: int) -> None:

@@ -34,7 +34,7 @@ RETRAINED, ORIGINAL, SWITCHED_OFF = "retrained without it", "original", "output 
 def dampen(
     model: nn.Module, forgotten: dict[str, Tensor], retained: dict[str, Tensor], alpha: float
 ) -> nn.Module:
-    """A copy of the model, its weights dampened by the two Fishers."""
+    """A copy of the model, its weights dampened by the two Fisher estimates."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         for name, weight in model.named_parameters():

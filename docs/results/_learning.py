@@ -1,4 +1,4 @@
-"""Tasks made of MNIST, a network that learns them in turn, and the Fishers that protect them."""
+"""Tasks made of MNIST, a network that learns them in turn, and ways to estimate its Fisher."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def protected(
         strength: lambda.
     """
     ewc = EWC(model, likelihood, strength=strength, parameters=list(fisher))
-    state = ewc.state_dict()  # a template: a Fisher of 0, and the present parameters as anchor
+    state = ewc.state_dict()  # a template: zero Fisher, present parameters as anchor
     rows = dict.fromkeys(fisher, 0)
     ewc.load_state_dict({**state, "n_tasks": 1, "fisher": dict(fisher), "free_rows": rows})
     return ewc

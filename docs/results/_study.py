@@ -51,7 +51,7 @@ class Store:
             self.runs = content["runs"]
 
     def run(self, make: Callable[[], Mapping[str, Any]], **key: Any) -> Run:
-        """The run of this key: the one that is kept, or a new one.
+        """The run of this key: as it is stored, or made now.
 
         Args:
             make: From nothing to the run's results, as JSON knows them.

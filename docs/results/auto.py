@@ -6,9 +6,9 @@ This script makes no runs: the other scripts have made them.
 
 from __future__ import annotations
 
-from _statistics import estimate, paired
 from collections.abc import Mapping
 
+from _intervals import estimate, paired
 from _study import FOLDER, Store, Study, chosen, swept, table
 from permuted import EWC, NONE
 

@@ -8,7 +8,6 @@ all. Two digits per task; ten tasks have the ten digits and their negatives as t
 
 from __future__ import annotations
 
-from _statistics import estimate, paired
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from _data import Part, mnist
+from _intervals import estimate, paired
 from _learning import FAR, SIDE
 from _protection import protected
 from _study import SEEDS, TUNING_SEEDS, Store, Study, chosen, table, tuned

@@ -8,13 +8,14 @@ Fisher is joint training and its diagonal is not. 196-100-100-10 on 1,000 images
 from __future__ import annotations
 
 import math
-from _statistics import estimate
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _data import Part
+from _intervals import estimate
 from _learning import Fisher, Learner, Task, permuted
 from _study import IMAGES, SEEDS, Store, Study, table
 from sklearn.datasets import load_diabetes
@@ -95,7 +96,7 @@ def halves(model: nn.Module, data: Part, batch: int = 64) -> dict[str, float]:
 def diabetes() -> list[tuple[Tensor, Tensor]]:
     """scikit-learn's 442 patients, women and then men: eight inputs and 1; disease after a year.
 
-    Their sex is left out, and so is one of two blood values that nearly determine each other.
+    Sex is not an input, nor is one of two blood values that nearly determine each other.
     """
     data = load_diabetes()
     x, y = (torch.tensor(one, dtype=torch.float64) for one in (data.data, data.target))
@@ -170,8 +171,8 @@ def run(store: Store, quick: bool) -> None:
             learner.steps, done = step - done, step
             learner.learn(task)
             key = {"step": step, "seed": seed}
-            store.run(lambda: halves(learner.model, few), what="halves", **key)  # noqa: B023
-            store.run(lambda: traces(learner, task), what="time", **key)  # noqa: B023
+            store.run(partial(halves, learner.model, few), what="halves", **key)
+            store.run(partial(traces, learner, task), what="time", **key)
     store.run(regression, what="regression")
 
 

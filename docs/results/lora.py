@@ -10,7 +10,6 @@ upright, turned by 90 degrees, and by 180, with one head.
 from __future__ import annotations
 
 import copy
-from _statistics import estimate, paired
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _data import Part, mnist
+from _intervals import estimate, paired
 from _learning import SIDE, Fisher, Task
 from _study import SEEDS, TUNING_SEEDS, Store, Study, chosen, table, tuned
 from torch import Tensor, nn

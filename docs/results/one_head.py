@@ -6,13 +6,13 @@ Replay: some images of each digit are stored, and half of what later tasks learn
 
 from __future__ import annotations
 
-from _statistics import estimate, paired
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from _data import Part
+from _intervals import estimate, paired
 from _learning import Fisher, Learner, Task, split
 from _study import SEEDS, TUNING_SEEDS, Store, Study, chosen, table, tuned
 

@@ -8,12 +8,12 @@ And the case in which everything is known: regressions whose Fisher is diagonal.
 
 from __future__ import annotations
 
-from _statistics import estimate, paired
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from _closed_form import WAYS, distances
+from _intervals import estimate, paired
 from _learning import Fisher, Learner, Optimizer, adam, permuted, sgd
 from _study import IMAGES, SEEDS, TUNING_SEEDS, Store, Study, chosen, swept, table, tuned
 

@@ -7,13 +7,13 @@ padded, and a mask says which steps there are: in the loss, and in the Fisher.
 
 from __future__ import annotations
 
-from _statistics import estimate, paired
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from _data import Spoken, vowels
+from _intervals import estimate, paired
 from _protection import protected
 from _study import SEEDS, TUNING_SEEDS, Store, Study, chosen, table, tuned
 from torch import Tensor, nn

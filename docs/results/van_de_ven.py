@@ -8,13 +8,13 @@ best by validation, out of the same powers of ten.
 from __future__ import annotations
 
 import time
-from _statistics import estimate, paired
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _data import Part
+from _intervals import estimate, paired
 from _learning import Fisher, Learner, split
 from _study import (
     IMAGES,

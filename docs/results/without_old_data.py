@@ -10,12 +10,12 @@ shuffled within each parameter, and a plain pull towards the old weights (L2).
 from __future__ import annotations
 
 import copy
-from _statistics import estimate
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
+from _intervals import estimate
 from _language import (
     BATCH,
     LENGTH,
@@ -50,6 +50,10 @@ PRETRAINING, STEPS = 3000, 200
 LIKELIHOOD = TimeSeries(Classification(), batch_first=True)
 
 
+def _no_penalty(at: Mapping[str, Tensor] | None = None) -> float:
+    return 0.0
+
+
 @cache
 def texts() -> dict[str, Text]:
     """Two that are old, and one that is new."""
@@ -57,7 +61,7 @@ def texts() -> dict[str, Text]:
 
 
 class Pretrained:
-    """A model of the old texts, and the Fishers that may protect it.
+    """A model of the old texts, and the Fisher estimates that may protect it.
 
     Args:
         seed: Of the parameters and of everything that is drawn.
@@ -153,7 +157,7 @@ class Pretrained:
     ) -> tuple[torch.nn.Module, Callable[[], Tensor | float]]:
         """What is trained, and its penalty; of LoRA, that of the weights that it makes."""
         lora = trained == "LoRA"
-        penalty: Callable[..., Tensor | float] = lambda at=None: 0.0  # noqa: E731
+        penalty: Callable[..., Tensor | float] = _no_penalty
         if source != NONE:
             names = adapted(base) if lora else [name for name, _ in base.named_parameters()]
             fisher = {name: self.fishers[source][name] for name in names}
@@ -216,9 +220,9 @@ def column(store: Store, of: Callable[[Mapping[str, float]], float], **key: Any)
 def gaps(store: Store, trained: str, source: str) -> list[float]:
     """How many more bits the old texts cost than with their own Fisher, for each seed.
 
-    Both where the new text costs the same: what it costs with `WEAK`, by that of the two Fishers
-    with which it costs more. The other's old bits are read on the line between its two strengths;
-    as the curve bends below that line, this is to the other's disadvantage (a few thousandths).
+    Both are compared where the new text costs the same: what it costs with `WEAK`, by the Fisher
+    estimate with which it costs more. The other's old bits are read on the line between its two
+    strengths. The curve bends below that line, to the other's disadvantage (a few thousandths).
     """
     mine = _ends(store, trained, source)
     reference = _ends(store, trained, OLD)

@@ -166,8 +166,8 @@ def _run(
     accumulator = Accumulator(runner, coordination, sums, methods)
     vectorised = None if isinstance(methods, str) else methods
     remaining = batches if first is None else chain([first], batches)
-    # A first batch of one sample shows nothing of what the model does with two. Batches of one that
-    # are bundled need not show it: every method runs the model on one sample at a time.
+    # A first batch of one sample does not show whether the model mixes samples. Bundled batches of
+    # one sample need no check: every method runs the model on one sample at a time.
     is_independence_known = verified_on.size > 1 or coordination.is_lockstep
     for bundle in coordination.bundles(reading, remaining, vectorised):
         if bundle is None:

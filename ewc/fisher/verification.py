@@ -75,6 +75,7 @@ def _verify(
     reason = _DIFFERS if are_same(before, after) else _DRAWS
     if batch.size == 2:
         _refuse_dependent(runner, runs, batch)
+        runs.outputs.clear()  # the graphs of the outputs take memory
     if not batch.vectorisable:
         return OBJECTS
     if batch.size == 1 and not coordination.is_lockstep:
@@ -129,8 +130,6 @@ def _refuse_dependent(runner: Runner, runs: Runs, batch: Batch) -> None:
     both, first, _ = runs.outputs
     refuse_mixing(runner, runs, batch)
     refuse_comparing(runner, batch, both, first)
-    del both, first
-    runs.outputs.clear()
 
 
 def confirmed(error: Exception, again: Callable[[], object]) -> str:

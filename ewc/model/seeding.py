@@ -14,9 +14,10 @@ _own = threading.local()
 
 
 class _DefaultGenerator:
-    """What `torch.manual_seed` and `torch.set_rng_state` act on, as long as a thread collects.
+    """Stands in `torch.random` for the default generator, as long as a thread collects.
 
-    In a thread inside `seeds_for` these are its own generators, in other threads the default one.
+    `torch.manual_seed`, `torch.set_rng_state` and the like act on it: on the generators of the
+    thread inside `seeds_for`, and on the default generator in other threads.
     """
 
     def manual_seed(self, seed: int) -> torch.Generator:

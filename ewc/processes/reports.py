@@ -45,9 +45,7 @@ class Reports:
 
     def are_known(self) -> bool:
         """Whether a process has reported a failure; looks only from time to time."""
-        now = time.monotonic()
-        if not self._are_known and now - self._looked >= _INTERVAL:
-            self._looked = now
+        if not self._are_known and self._may_look():
             self._are_known = any(map(self._exist, self._keys))
         return self._are_known
 
@@ -64,7 +62,19 @@ class Reports:
 
     def tell_of_an_interrupt(self) -> bool:
         """Whether a process is known to have been interrupted; looks only from time to time."""
-        return self.are_known() and any(": KeyboardInterrupt: " in each for each in self._found())
+        return (
+            self.are_known()
+            and self._may_look()
+            and any(": KeyboardInterrupt: " in each for each in self._found())
+        )
+
+    def _may_look(self) -> bool:
+        """Whether the last look is long enough ago; then this is the next one."""
+        now = time.monotonic()
+        if now - self._looked < _INTERVAL:
+            return False
+        self._looked = now
+        return True
 
     def _found(self) -> list[str]:
         found: dict[str, None] = {}

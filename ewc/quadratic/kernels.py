@@ -211,10 +211,9 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 
 def _dot(distance: Tensor, gradient: Tensor) -> Tensor:
-    """The real part of their inner product.
+    """The real part of the inner product of two vectors.
 
-    Of complex tensors it is the inner product of their real and imaginary parts, which is rounded
-    less on a CPU than `vdot` is.
+    Complex vectors are read as pairs of real numbers: on a CPU that rounds less than `vdot` does.
     """
     if distance.is_complex():
         distance, gradient = (torch.view_as_real(each).flatten() for each in (distance, gradient))

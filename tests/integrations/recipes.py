@@ -110,6 +110,7 @@ class Contract(ABC):
     """What a recipe promises."""
 
     page: str
+    tolerance = 1e-6  # of the gradient of a step in float32
 
     def ready(self, space: ModuleType) -> ModuleType:
         """Give the namespace of the page a `model` and a `regularizer`, if it has none."""
@@ -153,7 +154,7 @@ class Contract(ABC):
             self.step(space, tmp_path, accumulate)
         (step,) = steps
         expected = {name: loss[name] + penalty[name] for name in loss}
-        assert_close(named(step, space.model), expected, 1e-5)  # of sums of float32, in parts
+        assert_close(named(step, space.model), expected, self.tolerance)
 
     def test_a_checkpoint_resumes_to_the_same_numbers(self, tmp_path: Path) -> None:
         whole = self.learned()

@@ -102,6 +102,11 @@ def test_the_fisher_is_that_of_the_models_own_loss(name: str) -> None:
     ewc = EWC(model, TimeSeries(Classification(), batch_first=True))
     summary = ewc.consolidate([batch])
     expected = oracle.squares(model, losses, SAMPLES)
-    # The biases of keys have no gradient but rounding, which depends on the number of threads.
-    assert_close(ewc.fisher, {key: each / SAMPLES for key, each in expected.items()}, 1e-11)
+    expected = {name: each / SAMPLES for name, each in expected.items()}
+    # The softmax makes the gradients of keys' biases zero: their squares are rounding alone.
+    keys = {name for name in expected if name.endswith("k_proj.bias")}
+    top = max(each.max() for each in expected.values())
+    assert all(ewc.fisher[name].max() < 1e-24 * top for name in keys)
+    found = {name: each for name, each in ewc.fisher.items() if name not in keys}
+    assert_close(found, {name: expected[name] for name in found}, 1e-12)
     assert set(summary.paths.values()) <= {"rule", "unused"}

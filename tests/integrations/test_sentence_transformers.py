@@ -28,6 +28,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 class TestSentenceTransformers(Contract):
     page = "sentence-transformers"
+    tolerance = 1e-5  # the sums of four parts of a batch are rounded differently with one thread
 
     def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         trainer = space.make_trainer(
