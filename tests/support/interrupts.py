@@ -74,12 +74,20 @@ class Interrupt:
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: setattr(self, "place", None)
         try:
             switch(profile if self._of_c else trace)
-            self._run()
+            next(self._contained())
         except KeyboardInterrupt:
             pass
         finally:
             switch(before)
             sys.unraisablehook = hook
+
+    def _contained(self) -> Iterator[object]:
+        """Run in a generator, whose handled exceptions end with it.
+
+        Where a trace function raises at the `return` of an `except` clause, Python 3.12 and later
+        regard its exception as handled for ever. Ctrl-C does not come there.
+        """
+        yield self._run()
 
 
 class Mixed(nn.Module):
