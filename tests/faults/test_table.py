@@ -1,4 +1,4 @@
-"""The page *Guarantees: what happens when* and the tests have the same rows."""
+"""The page *Guarantees and edge cases* and the tests have the same rows."""
 
 import ast
 import re

@@ -149,7 +149,9 @@ class Contract(ABC):
         loss = gradients(space.model, self.loss(space))
         penalty = gradients(space.model, written_out(space.regularizer, space.model))
         norms = [torch.stack([g.norm() for g in each.values()]).norm() for each in (loss, penalty)]
-        assert norms[1] > 0.1 * norms[0]  # else what follows would show little
+        # As large as the loss, so that a wrong factor of either one shows.
+        space.regularizer.strength *= float(norms[0] / norms[1])
+        penalty = gradients(space.model, written_out(space.regularizer, space.model))
         with recorded() as steps:
             self.step(space, tmp_path, accumulate)
         (step,) = steps

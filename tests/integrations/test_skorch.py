@@ -18,7 +18,7 @@ class TestSkorch(Contract):
     page = "skorch"
 
     def ready(self, space: ModuleType) -> ModuleType:
-        space.model, space.regularizer = space.net.module_, space.net.ewc_
+        space.model, space.regularizer = space.net.module_, space.net.regularizer_
         return space
 
     def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
@@ -51,6 +51,6 @@ class TestSkorch(Contract):
     def test_a_pickled_net_penalises_its_own_module(self) -> None:
         space = self.learned()
         again = pickle.loads(pickle.dumps(space.net))
-        assert again.ewc_() == space.regularizer() > 0
+        assert again.regularizer_() == space.regularizer() > 0
         move(again.module_)
-        assert again.ewc_() > 1.5 * space.regularizer()
+        assert again.regularizer_() > 1.5 * space.regularizer()
