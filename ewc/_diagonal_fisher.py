@@ -29,12 +29,15 @@ def diagonal_fisher(
     generator: torch.Generator | None = None,
     process_group: "ProcessGroup | None" = None,
 ) -> dict[str, Tensor]:
-    """The diagonal Fisher information of a model: what one consolidation of an `EWC` would hold.
+    """Estimate the diagonal Fisher information of a model, without an `EWC` object.
 
-    The mean over samples of the squared gradient of the sample's negative log-likelihood, at the
-    model's present parameters, with the checks of `EWC` and without an object. The model is as
-    before, also on failure. In distributed training all processes must call this, each with its own
-    share of the data.
+    The result is the mean over samples of the squared gradient of the sample's negative
+    log-likelihood, in nats, at the current parameters: the Fisher information of one consolidation
+    of `EWC`. The model is as before the call, also after an error. In distributed training all
+    processes must call this, each with its own share of the data.
+
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017,
+    eq. 3.
 
     Args:
         model: The model, wrapped (DDP, compiled, ...) or not.
@@ -42,13 +45,13 @@ def diagonal_fisher(
         likelihood: The distribution of the targets that the outputs describe.
         parameters: Names, or `(name, parameter)` pairs; `None`: every parameter with
             `requires_grad`.
-        forward: `forward(model, batch) -> outputs`, in place of the model called on the inputs.
+        forward: `forward(model, batch) -> outputs`. `None`: the model is called on the inputs.
         fisher_type: `"empirical"`, `"exact"` or `"mc"`.
         reduction: `"mean"` or `"sum"` over the samples.
         max_samples: The most samples, over all processes together.
-        dataset_size: N of `reduction="sum"`. By default the samples seen, or
-            `len(batches.dataset)` if `max_samples` has ended the pass early.
-        generator: Source of the draws of `fisher_type="mc"`. By default the global one.
+        dataset_size: The number of samples of the task, used only by `reduction="sum"`. By default
+            the samples seen, or `len(batches.dataset)` if `max_samples` has ended the pass early.
+        generator: Draws the targets of `fisher_type="mc"`. By default the global generator.
         process_group: The group over which batches are sharded.
 
     Returns:
@@ -58,7 +61,7 @@ def diagonal_fisher(
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: An argument, the data or the likelihood is invalid, or every entry is zero.
-        RuntimeError: It has failed on another process.
+        RuntimeError: The call failed on another process.
 
     Warns:
         ZeroFisherWarning: The Fisher of some parameters is zero in every entry.

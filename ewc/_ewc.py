@@ -40,15 +40,16 @@ if TYPE_CHECKING:
 
 
 class EWC(Copied):
-    r"""Elastic Weight Consolidation: a penalty that protects earlier tasks in training.
+    r"""Elastic Weight Consolidation: a penalty that protects earlier tasks during training.
 
     The penalty after `T` consolidations is::
 
         strength / 2 * sum over t <= T and entries i of F[t, i] * (theta[i] - anchor[t, i])^2
 
-    where `F[t]` is the diagonal Fisher information at the end of task `t`: the mean over samples
-    of the squared gradient of the sample's negative log-likelihood. The sum is kept as one
-    quadratic, so time and memory do not depend on the number of tasks.
+    `F[t]` is the diagonal Fisher information at the end of task `t`: the mean over samples of the
+    squared gradient of the sample's negative log-likelihood, in nats. `anchor[t]` holds the
+    parameters at that time. The sum is stored as one quadratic, so time and memory do not depend on
+    the number of tasks.
 
     Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017,
     eq. 3.
@@ -57,12 +58,13 @@ class EWC(Copied):
         model: The model whose parameters are protected, wrapped (DDP, compiled, ...) or not.
         likelihood: The distribution of the targets that the outputs describe.
         strength: lambda, a finite number `>= 0`; or `"auto"`: 5 divided by the largest entry of the
-            penalty's curvature, taken again after each consolidation. The scale of the curvature
+            penalty's curvature, computed again after each consolidation. The scale of the curvature
             then has no effect.
-        parameters: `None`: every parameter with `requires_grad` when a consolidation starts. Else
-            names, or `(name, parameter)` pairs of this model.
-        forward: `forward(model, batch) -> outputs`, if the outputs are more than the model called
-            on the inputs. It may get any part of a batch, also inside `torch.func.vmap`.
+        parameters: Names, or `(name, parameter)` pairs of this model. `None`: every parameter with
+            `requires_grad` when a consolidation starts.
+        forward: `forward(model, batch) -> outputs`. `None`: the model is called on the inputs of
+            the batch. The function may be called on any part of a batch, also inside
+            `torch.func.vmap`.
         fisher_type: `"empirical"` (the targets in the data), `"exact"` (the expectation over the
             model's predictive distribution) or `"mc"` (one draw from it per sample).
         reduction: `"mean"`: the Fisher is averaged over samples. `"sum"`: it is `N` times that.
@@ -121,10 +123,10 @@ class EWC(Copied):
 
     @property
     def strength(self) -> float:
-        """lambda, the number in use. Assigning it changes the next penalty.
+        """lambda, the number in use. An assignment affects the next penalty.
 
-        With `"auto"` it is 0 before the first consolidation. A number that is assigned holds until
-        `"auto"` is assigned again.
+        With `"auto"` it is 0 before the first consolidation. An assigned number stays in use until
+        `"auto"` is assigned.
         """
         return self._strength
 
@@ -141,30 +143,38 @@ class EWC(Copied):
 
     @property
     def fisher(self) -> dict[str, Tensor]:
-        """The Fisher of all tasks together, by canonical name; copies, in at least float32."""
+        """The Fisher information of all tasks as one, by canonical name.
+
+        Tensors of the parameters' shapes: copies, real and `>= 0`, in at least float32.
+        """
         return {name: q.fisher.clone() for name, q in self._state.quadratics_like(self._model)}
 
     @property
     def anchor(self) -> dict[str, Tensor]:
-        """The minimiser of the penalty, by canonical name; copies, in at least float32."""
+        """The minimiser of the penalty, by canonical name.
+
+        Tensors of the parameters' shapes: copies, in at least float32.
+        """
         return {name: q.anchor.clone() for name, q in self._state.quadratics_like(self._model)}
 
     def __call__(self, at: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The penalty.
+        """Compute the penalty.
+
+        If parameters are sharded, all processes must call this. The call does not synchronise with
+        a device, and switches autocast off inside.
 
         Args:
-            at: Where it is evaluated: tensors of the parameters' shapes by name, such as what a
-                hypernetwork has made, or `base + scale * B @ A` of an adapter. By default, and for
-                names left out, the model's own parameters.
+            at: Tensors of the parameters' shapes, by name, at which the penalty is evaluated: for
+                instance the output of a hypernetwork, or `base + scale * B @ A` of an adapter. For
+                all other names, the model's own parameters are used.
 
         Returns:
-            A differentiable scalar on the (first) protected parameter's device, in at least
-            float32; 0 before the first consolidation. Nothing is synchronised, and autocast is
-            off inside. If parameters are sharded, all processes must call this.
+            A differentiable scalar, shape `[]`, in at least float32, on the device of the first
+            protected parameter. It is 0 before the first consolidation.
 
         Raises:
-            TypeError: `at` is no mapping.
-            ValueError: A protected parameter is gone or has changed its shape, other than by
+            TypeError: `at` is not a mapping.
+            ValueError: A protected parameter is gone, or has changed its shape other than by
                 growing along dimension 0; or a tensor of `at` fits no parameter.
 
         Warns:
@@ -194,10 +204,11 @@ class EWC(Copied):
         weight: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Summary:
-        """Protect the model's present parameters as the solution of one more task.
+        """Add a task to the penalty: the current parameters become its solution.
 
-        One pass over the batches estimates the Fisher; then Fisher and anchor are committed. On
-        any error, this object and the model are as before. Two calls count as two tasks.
+        One pass over the batches estimates the Fisher information. Then Fisher and anchor are
+        committed. If the call raises an error, this object and the model are as before. Two calls
+        count as two tasks.
 
         In distributed training all processes must call this, each with its own share of the data.
         The result is that of one process with all samples.
@@ -207,10 +218,11 @@ class EWC(Copied):
                 `DataLoader` are read ahead and run together, which is faster.
             likelihood: For this task only, for instance with the outputs of its own head.
             forward: For this task only.
-            dataset_size: N of `reduction="sum"`, which alone reads it. By default the samples
-                seen, or `len(batches.dataset)` if `max_samples` has ended the pass early.
-            weight: How much this task counts: its Fisher is multiplied by it. Finite and `> 0`.
-            generator: Source of the draws of `fisher_type="mc"`. By default the global one.
+            dataset_size: The number of samples of the task, used only by `reduction="sum"`. By
+                default the samples seen, or `len(batches.dataset)` if `max_samples` has ended the
+                pass early.
+            weight: The factor of this task's Fisher information, finite and `> 0`.
+            generator: Draws the targets of `fisher_type="mc"`. By default the global generator.
 
         Returns:
             A summary of this consolidation, and of the curvature that the penalty has after it.
@@ -219,7 +231,7 @@ class EWC(Copied):
             TypeError: An argument is of the wrong kind.
             ValueError: An argument, the data or the likelihood is invalid, every entry of the
                 Fisher is zero, or the processes differ in what must be the same.
-            RuntimeError: It has failed on another process.
+            RuntimeError: The call failed on another process.
 
         Warns:
             ZeroFisherWarning: Once for each parameter whose Fisher is zero in every entry.
@@ -263,15 +275,15 @@ class EWC(Copied):
         return undisturbed(run, on_failure=undo)
 
     def forget(self, *names: str) -> None:
-        """Release parameters: their Fisher and anchor are dropped, and the penalty omits them.
+        """Release parameters: drop their Fisher and anchor, so that the penalty omits them.
 
-        Those that are still in the model are collected again by the next consolidation.
+        The next consolidation protects them again if they are still in the model.
 
         Args:
             *names: Canonical names. All are validated before any is released.
 
         Raises:
-            TypeError: There is no name, or one is not a string.
+            TypeError: No name is given, or a name is not a string.
             ValueError: A name is unknown.
         """
         chosen = self._chosen or ()
@@ -281,13 +293,13 @@ class EWC(Copied):
         self._commit(self._state.without(names), kept, self._binding)
 
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
-        """The state for a checkpoint: nested dicts of tensors, which are copies, and plain values.
+        """The state for a checkpoint: nested dicts of plain values and copies of tensors.
 
-        `strength` is not in it: it belongs to the run.
+        The state does not include `strength`, which belongs to the run.
 
         Args:
-            full: Full tensors in place of sharded ones, for `torch.save`. A collective: call it
-                on every process. Without sharded parameters it makes no difference.
+            full: Whether to return full tensors instead of sharded ones, for `torch.save`. This is
+                a collective: call it on every process. Without sharded parameters it has no effect.
 
         Raises:
             ValueError: A protected parameter is gone or has changed its shape.
@@ -305,22 +317,23 @@ class EWC(Copied):
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the state by that of another object, on the devices of this model.
+        """Load a state that `state_dict` returned, onto the devices of this model.
 
-        Everything is validated first; on any error, nothing has changed. If parameters are
-        sharded, all processes must call this, with full tensors or sharded ones.
+        The state is validated completely before anything changes. If parameters are sharded, all
+        processes must call this, with full tensors or sharded ones.
 
         Args:
-            state: What `state_dict` returned. It is copied.
+            state: The return value of `state_dict`. It is copied.
 
         Raises:
             TypeError: `state` is not a dict.
-            ValueError: It does not fit this object or its model; all problems are listed.
+            ValueError: `state` does not fit this object or its model. The message lists all
+                problems.
 
         Warns:
-            UserWarning: Once, if the model has parts that the state does not cover. They are free
-                until the next consolidation.
-            NothingProtectedWarning: Instead, if the state protects nothing at all.
+            UserWarning: The state does not cover parts of the model. They are free until the next
+                consolidation.
+            NothingProtectedWarning: The state protects nothing at all.
         """
         ranks = ranks_of_shards(self._model)
         with ranks.all_or_none(), torch.inference_mode(False), torch.no_grad():

@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 
 
 class OnlineEWC(EWC):
-    r"""Elastic Weight Consolidation with one anchor, and a Fisher in which earlier tasks decay.
+    r"""Online EWC: one anchor, and Fisher information in which earlier tasks decay.
 
     After task `t`, with `theta` for the parameters::
 
         F~[t] = F[t] + decay * F~[t-1]
         penalty = strength / 2 * sum of (decay * F~[t] + prior_precision) * (theta - anchor)^2
 
-    around the latest anchor only. `fisher` is `F~`, without the prior. A parameter that a
-    consolidation does not collect keeps its anchor, and its Fisher decays.
+    `F[t]` is the diagonal Fisher information of task `t`, as for `EWC`, and `anchor` holds the
+    parameters after the latest task. The property `fisher` is `F~`, without the prior. A parameter
+    that a consolidation does not collect keeps its anchor, and its Fisher information decays.
 
     Source: Schwarz et al., "Progress & Compress", ICML 2018, eq. 8.
 
@@ -49,22 +50,23 @@ class OnlineEWC(EWC):
         strength: lambda, a finite number `>= 0`, or `"auto"`.
         parameters: Names, or `(name, parameter)` pairs; `None`: every parameter with
             `requires_grad` when a consolidation starts.
-        forward: `forward(model, batch) -> outputs`, in place of the model called on the inputs.
+        forward: `forward(model, batch) -> outputs`. `None`: the model is called on the inputs.
         fisher_type: `"empirical"`, `"exact"` or `"mc"`.
         reduction: `"mean"` or `"sum"` over the samples of a task.
         max_samples: The most samples per consolidation, over all processes together.
         process_group: The group over which batches are sharded.
-        decay: gamma, in `[0, 1]`.
-        prior_precision: A number `>= 0`, or `{name: tensor}` of the parameters' shapes. Names
-            that it lacks have no prior, nor do rows that a parameter gains later. It is added once,
-            from a parameter's first consolidation on, and multiplied by `strength` alone.
+        decay: gamma, the factor of earlier Fisher information, in `[0, 1]`.
+        prior_precision: The precision of a Gaussian prior around the anchor: a number `>= 0`, or
+            `{name: tensor}` of the parameters' shapes. Other parameters have no prior, nor do rows
+            that a parameter gains later. The prior is added once, from the first consolidation of a
+            parameter on. It does not decay, and is multiplied by `strength`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: An argument is out of range, or does not fit the model.
 
     Warns:
-        NothingProtectedWarning: `decay` is 0 and there is no prior: the penalty would always be 0.
+        NothingProtectedWarning: `decay` is 0 and there is no prior, so the penalty is always 0.
 
     Example:
         >>> regularizer = OnlineEWC(model, Classification(), strength=300.0, decay=0.9)

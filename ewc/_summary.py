@@ -48,14 +48,14 @@ class Curvature(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """What a consolidation did, and the curvature of the penalty after it.
+    """The report of a consolidation, and the curvature of the penalty after it.
 
-    The curvature is that of the whole penalty from now on, of all tasks (`OnlineEWC`:
-    `decay * F~ + prior_precision`), before `strength`. Gradient descent on the penalty is stable
-    for `lr * strength * largest < 2 * (1 + momentum)`.
+    The curvature is that of the whole penalty of all tasks, before `strength`: the sum of the
+    Fisher information of all tasks, for `OnlineEWC` `decay * F~ + prior_precision`. Gradient
+    descent on the penalty is stable for `lr * strength * largest < 2 * (1 + momentum)`.
 
-    `print(summary)` and `repr(summary)` are the same: totals, what the strength means for training,
-    a `table` of at most 20 rows, and the reasons for slow methods.
+    `print(summary)` and `repr(summary)` give the same text: totals, advice on the strength, a
+    `table` of at most 20 rows, and the reasons for slow methods.
 
     Attributes:
         n_tasks: The number of tasks consolidated, this one included.
@@ -65,9 +65,9 @@ class Summary:
             `"rule"` (in closed form), `"vmap"` (from per-sample gradients), `"loop"` (one sample at
             a time), or `"unused"` (no gradient reached the parameter).
         reasons: Why parameters were computed by `"loop"`, by canonical name.
-        weight: What the Fisher of this consolidation was multiplied by.
+        weight: The factor of the Fisher information of this consolidation.
         strength: lambda, the number in use after this consolidation.
-        automatic: Whether it is that of `strength="auto"`.
+        automatic: Whether `strength` is that of `strength="auto"`.
 
     Example:
         >>> summary = EWC(model, Classification()).consolidate(tasks[0])
@@ -140,15 +140,14 @@ class Summary:
         ]
 
     def table(self, rows: int = ROWS) -> str:
-        """The curvature of each parameter or, where there are too many, of each layer, as text.
+        """A table of the curvature of each parameter or, if there are too many, of each layer.
 
-        A layer is named by the first components of its parameters' names, as many as `rows` allows.
-        If there are still too many layers, those with the least trace share one row. The column
-        `trace` is the share of the total; the path of parameters that only earlier tasks have
-        collected is `earlier`.
+        The name of a layer is the common beginning of its parameters' names. If there are still too
+        many layers, those with the least trace share one row. The column `trace` is the share of
+        the total. The path of parameters that only earlier tasks have collected is `earlier`.
 
         Args:
-            rows: The most rows, `>= 1`, beside the header and the row `all`.
+            rows: The largest number of rows, `>= 1`, without the header and the row `all`.
 
         Raises:
             TypeError: `rows` is not an integer.
@@ -246,5 +245,5 @@ def check_finite_curvature(curvatures: Mapping[str, Curvature]) -> None:
     if names:
         raise ValueError(
             "The curvature of the penalty must be finite; found that it overflows for "
-            f"{listed_names(names)}. Fix: a smaller prior_precision."
+            f"{listed_names(names)}. Fix: use a smaller prior_precision."
         )

@@ -12,11 +12,11 @@ class InvalidBatch(ValueError):  # noqa: N818 - named after what is wrong, as qu
 
 
 class ZeroFisherWarning(UserWarning):
-    """The diagonal Fisher of a parameter is zero in every entry, so that nothing protects it."""
+    """The diagonal Fisher of a parameter is zero: the task does not protect this parameter."""
 
 
 class SlowPathWarning(UserWarning):
-    """A consolidation ran most samples one at a time: the same Fisher estimate, but slower."""
+    """A consolidation ran most samples one at a time: slower, with the same Fisher estimate."""
 
 
 class ReplacedParameterWarning(UserWarning):
@@ -24,7 +24,7 @@ class ReplacedParameterWarning(UserWarning):
 
 
 class NothingProtectedWarning(UserWarning):
-    """The penalty is 0 wherever the parameters move: nothing is protected."""
+    """The penalty is 0 at all values of the parameters, so nothing is protected."""
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -25,9 +25,9 @@ def plot_fisher(ewc: EWC, *, rows: int = ROWS) -> "Figure":
     """Draw the distribution of the diagonal Fisher over the layers and within them.
 
     There is one row for each parameter or, if there are too many, for each layer, as in
-    `Summary.table`. On the left: the distribution of the row's entries over orders of magnitude,
-    from `largest / 10^12` on, darker where there are more; with marks at their mean and at the
-    largest. On the right: the row's share of the trace.
+    `Summary.table`. The left part shows how the entries of the row are distributed over orders of
+    magnitude, from `largest / 10^12` on: a darker color means more entries, and marks show the mean
+    and the largest entry. The right part shows the share of the row in the trace.
 
     Args:
         ewc: An `EWC` or `OnlineEWC` that has consolidated a task. Its `fisher` is drawn, without

@@ -118,7 +118,7 @@ def test_a_prior_that_overflows_in_the_dtype_of_the_parameters(prior, strength):
     ewc = OnlineEWC(model, Classification(), strength=strength, prior_precision=prior)
     with (
         unchanged(ewc, model),
-        raises(ValueError, "curvature", "finite", "'0.bias'", "Fix: a smaller prior_precision"),
+        raises(ValueError, "curvature", "finite", "'0.bias'", "Fix: use a smaller prior_precision"),
     ):
         ewc.consolidate(make_task())
 

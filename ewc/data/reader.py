@@ -48,8 +48,8 @@ class Reader:
     def __init__(self, batch_dim: int, device: torch.device, known: Known | None = None) -> None:
         if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(
-                f"a likelihood's batch_dim must be an integer >= 0; found {batch_dim!r}. Fix: the "
-                "index of the dimension that holds the samples."
+                f"a likelihood's batch_dim must be an integer >= 0; found {batch_dim!r}. Fix: set "
+                "it to the index of the dimension that holds the samples."
             )
         self.leaves: list[Tensor | Sequence[Any]] = []
         self.dims: list[int] = []
@@ -183,7 +183,7 @@ class Reader:
             raise InvalidBatch(
                 "tensors of two dimensions or more must have the dimension of the samples, the "
                 f"likelihood's batch_dim, here {self._batch_dim}; found {describe(tensor)} at "
-                f"{path}. Fix: another batch_dim, or another shape."
+                f"{path}. Fix: change batch_dim, or the shape."
             )
         moved = _moved(tensor, self._device)
         if tensor.dim() == 0:

@@ -39,7 +39,7 @@ _SEARCHED = 32
 
 @dataclass(frozen=True)
 class Squares:
-    """What one pass over the data gives.
+    """The result of one pass over the data.
 
     Attributes:
         sums: For each parameter the sum over samples of its squared gradients, `[*shape]`, on its

@@ -21,14 +21,15 @@ ModWeights: TypeAlias = Sequence[Tensor] | Callable[[Any], Sequence[Tensor]]
 def context_mod_forward(mod_weights: ModWeights) -> Forward:
     """Make a `forward(model, batch)` that runs a context-modulated network.
 
-    It calls `model(inputs, weights={"mod_weights": ..., "internal_weights":
-    model.internal_params})`, so the model must have `internal_params` (its own weights) and take
-    `weights`, as the networks of hypnettorch do, whose `context_mod_forward` this one replaces.
+    The function calls `model(inputs, weights={"mod_weights": ..., "internal_weights":
+    model.internal_params})`. So the model must have an attribute `internal_params` (its own
+    weights) and accept an argument `weights`. The networks of hypnettorch do both, and this
+    function replaces the `context_mod_forward` of that library.
 
     Args:
-        mod_weights: The modulation weights, a list of tensors, or a function that returns them
-            for a batch, such as `lambda batch: hnet(cond_id=task)`. The function may be called with
-            any sub-batch, also inside `torch.func.vmap`.
+        mod_weights: The modulation weights, a list of tensors; or a function of the batch that
+            returns them, such as `lambda batch: hnet(cond_id=task)`. The function may be called on
+            any part of a batch, also inside `torch.func.vmap`.
 
     Returns:
         A `forward` for `EWC`; it can be pickled if `mod_weights` can.

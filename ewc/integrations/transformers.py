@@ -21,10 +21,10 @@ FILE = "ewc.pt"
 class EWCMixin:
     """A mixin that adds the EWC penalty to a Trainer.
 
-    Derive a class from it and the `Trainer`, or a subclass of that, in this order. It adds the
-    penalty to the loss of every training step, never in evaluation; writes `ewc.pt` wherever the
-    model is saved, checkpoints included; and reads it when `train(resume_from_checkpoint=...)`
-    resumes. It does not consolidate: after each task, call
+    Derive a class from `EWCMixin` and `Trainer` (or a subclass of `Trainer`), in this order. The
+    mixin adds the penalty to the loss of every training step, but not in evaluation. It writes
+    `ewc.pt` wherever the model is saved, also into checkpoints, and reads this file in
+    `train(resume_from_checkpoint=...)`. It does not consolidate: after each task, call
     `regularizer.consolidate(trainer.get_train_dataloader())`.
 
     Args:
@@ -33,9 +33,8 @@ class EWCMixin:
         **kwargs: Passed on to the Trainer.
 
     Raises:
-        TypeError: `ewc` is something else.
-        ValueError: The Trainer is given a `model_init`, which makes another model than the one
-            that `ewc` protects.
+        TypeError: `ewc` is not an `EWC`.
+        ValueError: `model_init` is passed, which would build another model than `ewc` protects.
 
     Example:
         >>> class ContinualTrainer(EWCMixin, Trainer): ...

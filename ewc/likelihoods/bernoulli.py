@@ -16,24 +16,26 @@ from ewc.likelihoods.pointwise import Pointwise, Targets, TargetTransform
 class Bernoulli(Pointwise, takes_batches=True):
     """Independent yes/no outputs, one or many per sample: binary and multi-label classification.
 
-    The NLL is the sum over all outputs of -t * log p - (1 - t) * log(1 - p) with p = sigmoid(y).
-    Outputs are logits `[N]` or `[N, ...]`; targets have exactly the shape of the outputs (of the
-    allowed ones, if `allowed_outputs` is given): they are never broadcast. They are 0 or 1, of any
-    type, or probabilities, whose NLL is the expected one. A boolean tensor of that shape after the
-    targets is a mask: outputs where it is False contribute nothing (labels that are not known).
-    1-D integers there (ids, lengths) are ignored.
+    The negative log-likelihood (NLL) of a sample is the sum over all outputs y of
+    -t * log p - (1 - t) * log(1 - p) with p = sigmoid(y). Outputs are logits `[N]` or `[N, ...]`.
+    Targets t have exactly the shape of the outputs (of the allowed outputs, if `allowed_outputs` is
+    given), and are never broadcast. They are 0 or 1, of any type, or probabilities; the NLL of
+    probabilities is the expected one. A boolean tensor of that shape after the targets is a mask:
+    outputs where it is False contribute nothing (unknown labels). 1-D integers after the targets
+    (ids, lengths) are ignored.
 
-    Exact Fisher: one term sqrt(p[d] * (1 - p[d])) * y[d], the root held constant, for each output
-    d, summed over outputs one by one. Targets are not needed; present ones are validated.
+    The exact Fisher information is the sum over outputs d of
+    p[d] * (1 - p[d]) * (gradient of y[d])^2. It takes one backward pass per output. Targets are
+    optional, and are validated.
 
     Args:
         allowed_outputs: Indices of outputs in their last dimension. None: all.
-        target_transform: Applied first to the targets of a batch, `transform(targets)`, and never
-            to drawn ones. It sees any sub-batch, also inside vmap.
+        target_transform: A function `transform(targets)` that is applied first to the targets of a
+            batch. It may be called on any part of a batch, also inside vmap.
 
     Raises:
         ValueError: `allowed_outputs` is empty, or has negative or repeated indices.
-        TypeError: An argument is of another type.
+        TypeError: An argument has a wrong type.
 
     Example:
         >>> Bernoulli().nll(torch.zeros(2, 3), torch.tensor([[1, 0, 1], [0, 0, 0]]))

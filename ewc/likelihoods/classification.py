@@ -22,31 +22,34 @@ class Classification(Pointwise, takes_batches=True):
     """Class labels under a softmax: -log softmax(outputs)[target], summed over positions.
 
     Outputs are logits `[N, C]` or `[N, C, d1, ...]`. The head has H classes: all C, or those in
-    `allowed_outputs`. The number of dimensions of the targets says what they are:
+    `allowed_outputs`. Targets have one of two forms:
 
-    - one fewer, `[N]` or `[N, d1, ...]`: class indices within the head, of any integer type;
-    - the same, `[N, H]` or `[N, H, d1, ...]`: one-hot, of any type, or probabilities p, whose NLL
-      is the expected one, the sum over c of -p[c] * log softmax(outputs)[c].
+    - class indices within the head, `[N]` or `[N, d1, ...]`, of any integer type;
+    - one-hot of any type, or probabilities p, `[N, H]` or `[N, H, d1, ...]`. The NLL of
+      probabilities is the expected one, the sum over c of -p[c] * log softmax(outputs)[c].
 
     A boolean tensor `[N]` or `[N, d1, ...]` after the targets is a mask: positions where it is
-    False contribute nothing. 1-D integers there (ids, lengths, task labels) are ignored.
+    False contribute nothing. 1-D integers after the targets (ids, lengths, task labels) are
+    ignored.
 
-    Exact Fisher: the expectation over the H classes of each position, H backwards per position.
-    Targets then only say which positions count, and may be absent; present ones are validated.
+    The exact Fisher information is the expectation over the H classes of each position, the sum
+    over c of p[c] * (gradient of log p[c])^2 with p = softmax(outputs). It takes H backward passes
+    per position. Targets are then optional: they are validated, and only show which positions
+    count.
 
     Args:
         allowed_outputs: The head: indices of its outputs, in the order in which targets number
             them. None: all outputs.
-        target_transform: Applied first to the targets of a batch, `transform(targets)`, and never
-            to drawn ones. It sees any sub-batch, also inside vmap.
+        target_transform: A function `transform(targets)` that is applied first to the targets of a
+            batch. It may be called on any part of a batch, also inside vmap.
         ignore_index: The class index of positions that contribute nothing.
 
     Raises:
         ValueError: `allowed_outputs` is empty, or has negative or repeated indices.
-        TypeError: An argument is of another type.
+        TypeError: An argument has a wrong type.
 
     Example:
-        The second of two heads, whose labels come as 2, 3, 4:
+        The second of two heads, with the labels 2, 3, 4:
 
         >>> second = Classification([2, 3, 4], target_transform=lambda labels: labels - 2)
         >>> second.nll(torch.zeros(1, 5), torch.tensor([4]))
@@ -78,7 +81,7 @@ class Classification(Pointwise, takes_batches=True):
         if logits.dim() < 2:
             raise InvalidBatch(
                 "the outputs that Classification takes must be logits [N, C] or [N, C, d1, ...]; "
-                f"found {describe(logits)}. Fix: the model's outputs, in forward."
+                f"found {describe(logits)}. Fix: change the model's outputs in forward."
             )
         return head_of(logits, self.allowed_outputs, dim=1)
 

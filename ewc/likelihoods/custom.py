@@ -12,15 +12,17 @@ from ewc.likelihoods.likelihood import Likelihood
 
 
 class Custom(Likelihood):
-    """A likelihood made of functions; the exact Fisher information is not possible with it.
+    """A likelihood defined by functions. It does not support `fisher_type="exact"`.
 
     Args:
-        nll: `nll(outputs, *rest) -> [N]`, one value per sample, never reduced over samples.
-        sample: `sample(outputs) -> targets`, drawn by the global RNG; makes `"mc"` possible.
+        nll: `nll(outputs, *rest) -> [N]`, the negative log-likelihood of each sample, in nats. It
+            must not be reduced over samples.
+        sample: `sample(outputs) -> targets`, draws with the global RNG. `fisher_type="mc"` needs
+            it.
         batch_dim: The dimension that holds the samples, in tensors of two dimensions or more.
 
     Raises:
-        TypeError: `nll` or `sample` is not a function, or `batch_dim` not an integer.
+        TypeError: `nll` or `sample` is not a function, or `batch_dim` is not an integer.
         ValueError: `batch_dim` is negative.
 
     Example:

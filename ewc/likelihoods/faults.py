@@ -19,9 +19,10 @@ class Fault(NamedTuple):
     """A rule that values of a batch may break.
 
     Attributes:
-        where: True where a position breaks it, `[n, *positions]`. It is not read from the device
-            before all faults of the batch are.
-        message: What must be so, and what was found; or a function that says it given `where`.
+        where: True at positions that break the rule, `[n, *positions]`. The values of all faults of
+            a batch are read from the device together.
+        message: What must be so, and what was found; or a function that returns this, given
+            `where`.
     """
 
     where: Tensor
@@ -52,11 +53,12 @@ def weights_fault(weights: Tensor) -> Fault:
     """
     if weights.is_complex():
         raise InvalidBatch(
-            f"a mask must be boolean or real weights; found {describe(weights)}. Fix: the mask."
+            f"a mask must be boolean or real weights; found {describe(weights)}. Fix: convert it, "
+            "mask.bool()."
         )
     return Fault(
         ~(weights >= 0) | weights.isinf(),
-        "weights in a mask must be finite and >= 0; found others. Fix: the mask.",
+        "weights in a mask must be finite and >= 0; found others. Fix: clamp them.",
     )
 
 

@@ -71,7 +71,7 @@ def head_of(outputs: Tensor, allowed: tuple[int, ...] | None, dim: int) -> Tenso
             raise InvalidBatch(
                 f"allowed_outputs must be indices of the {available} outputs, 0 to "
                 f"{available - 1}; found {max(allowed)} for outputs {describe(outputs)}. Fix: "
-                "allowed_outputs, or the size of the head."
+                "change allowed_outputs, or the size of the head."
             )
         # Not blocking: a copy that waits would be another synchronisation.
         index = torch.tensor(allowed).to(outputs.device, non_blocking=True)

@@ -17,15 +17,16 @@ _REQUIRED_METHODS = {
 
 
 class Likelihood(ABC):
-    """The base class of likelihoods; one obligation: `nll`.
+    """The base class of likelihoods. A subclass must define `nll`.
 
-    Define `sample` to make `fisher_type="mc"` possible, and `exact_terms` for `"exact"`; without
-    them, these types are an error. All three are called with batches of one sample, often inside
-    `torch.func.vmap`: no `.item()`, no shapes that depend on values.
+    `fisher_type="mc"` also needs `sample`, and `"exact"` needs `exact_terms`; without them, these
+    types are an error. All three methods are called on batches of one sample, often inside
+    `torch.func.vmap`. So they must not call `.item()`, and must not have shapes that depend on
+    values.
 
-    A subclass whose three methods treat the samples of any batch independently may say so:
-    `class Poisson(Likelihood, takes_batches=True)`. They are then called on whole batches outside
-    vmap, which is faster. Subclasses do not inherit this: one that redefines a method says it anew.
+    If the three methods treat the samples of a batch independently, a subclass can declare it:
+    `class Poisson(Likelihood, takes_batches=True)`. The methods are then called on whole batches
+    outside vmap, which is faster. Subclasses of it do not inherit the declaration.
 
     Example:
         >>> class Poisson(Likelihood):
@@ -74,16 +75,16 @@ class Likelihood(ABC):
     def nll(self, *args: Any, **kwargs: Any) -> Tensor:
         """`nll(outputs, *rest) -> [N]`: the negative log-likelihood of each sample, in nats.
 
-        `outputs` is what the model returned for a batch of N samples; N is any number. `rest` is
-        what follows the inputs in the batch: targets, then masks, ids, lengths. Both are passed by
-        position; a subclass names and types those that it takes.
+        `outputs` is the output of the model for a batch of any number N of samples. `rest` is
+        everything that follows the inputs in the batch: targets, then masks, ids, lengths. All are
+        passed by position. A subclass may name and type its arguments.
 
         Returns:
             `[N]`, never reduced over samples, differentiable with respect to the outputs.
         """
 
     def sample(self, outputs: Any, /) -> Any:
-        """Draw targets from the distribution that the outputs describe, by the global RNG.
+        """Draw targets from the distribution that the outputs describe, with the global RNG.
 
         Returns:
             Targets of the N samples, as `nll` takes them.

@@ -50,15 +50,17 @@ class _Observed(NamedTuple):
 class Pointwise(Likelihood):
     """The base class of likelihoods of positions that are independent given the outputs.
 
-    The NLL of a sample is the sum over its positions. One obligation, `position_nll`; define
-    `position_sample` for `fisher_type="mc"`, and `position_terms` for `"exact"`. `head`,
-    `positions` and `read_targets` say which outputs and targets are valid: real outputs `[N, ...]`
-    and finite targets of the same shape, unless a subclass says otherwise. All six see whole
-    batches, batches of one inside vmap, or, within `TimeSeries`, steps as samples.
+    The negative log-likelihood (NLL) of a sample is the sum over its positions. A subclass must
+    define `position_nll`. `fisher_type="mc"` also needs `position_sample`, and `"exact"` needs
+    `position_terms`. `head`, `positions` and `read_targets` define which outputs and targets are
+    valid: by default real outputs `[N, ...]` and finite targets of the same shape. All six methods
+    are called on whole batches, on batches of one sample inside vmap, and by `TimeSeries` with
+    steps as samples.
 
-    What follows the targets in a batch: a boolean tensor of the positions' shape is a mask, and
-    where it is False, outputs and targets may hold anything. Ids, lengths and task labels (1-D
-    integers), strings and other objects are ignored; anything else is an error.
+    A batch may contain more after the targets. A boolean tensor of the positions' shape is a mask:
+    positions where it is False contribute nothing, and may hold any outputs and targets. 1-D
+    integers (ids, lengths, task labels), strings and other objects are ignored. Anything else is an
+    error.
 
     Example:
         >>> class Poisson(Pointwise):
@@ -69,8 +71,8 @@ class Pointwise(Likelihood):
 
     Attributes:
         allowed_outputs: The head: indices of outputs. None: all.
-        target_transform: Applied first to the targets of a batch, `transform(targets)`, and never
-            to drawn ones.
+        target_transform: A function `transform(targets)` that is applied first to the targets of a
+            batch. It is not applied to drawn targets.
     """
 
     allowed_outputs: tuple[int, ...] | None = None
@@ -127,8 +129,8 @@ class Pointwise(Likelihood):
         if values.dim() < (1 if self.allowed_outputs is None else 2):
             raise InvalidBatch(
                 f"the outputs that {name} takes must be [N, ...], with a last dimension that "
-                f"allowed_outputs selects from, if given; found {describe(values)}. Fix: the "
-                "model's outputs, in forward."
+                f"allowed_outputs selects from, if given; found {describe(values)}. Fix: "
+                "change the model's outputs in forward."
             )
         return head_of(values, self.allowed_outputs, dim=-1)
 
@@ -220,7 +222,7 @@ class Pointwise(Likelihood):
         if targets is None:
             if required:
                 raise InvalidBatch(
-                    f"{name} needs the targets of a batch, which follow its inputs; found none. "
+                    f"a batch must hold targets after its inputs for {name}; found none. "
                     "Fix: yield (inputs, targets), or a mapping with 'labels'; or choose "
                     'fisher_type="exact" or "mc", which need none.'
                 )

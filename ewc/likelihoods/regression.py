@@ -18,25 +18,26 @@ from ewc.likelihoods.pointwise import Pointwise, TargetTransform
 class Regression(Pointwise, takes_batches=True):
     """Real targets with Gaussian noise: the sum over all outputs of (y - t)^2 / (2 variance).
 
-    The constant of the Gaussian, which has no gradient, is left out. Outputs are `[N, ...]`;
-    targets have exactly the shape of the outputs (of the allowed ones, if `allowed_outputs` is
-    given): they are never broadcast. A boolean tensor of that shape after the targets is a mask:
-    outputs where it is False contribute nothing. 1-D integers there (ids, lengths) are ignored.
+    This is the negative log-likelihood without the constant of the Gaussian, which has no gradient.
+    Outputs y are `[N, ...]`. Targets t have exactly the shape of the outputs (of the allowed
+    outputs, if `allowed_outputs` is given), and are never broadcast. A boolean tensor of that shape
+    after the targets is a mask: outputs where it is False contribute nothing. 1-D integers after
+    the targets (ids, lengths) are ignored.
 
-    Exact Fisher: one term y[d] / sqrt(variance[d]) for each output d. Targets are not needed;
-    present ones are validated.
+    The exact Fisher information is the sum over outputs d of (gradient of y[d])^2 / variance[d]. It
+    takes one backward pass per output. Targets are optional, and are validated.
 
     Args:
         variance: The variance of the noise, in squared units of the targets, > 0: a number, or a
             tensor that broadcasts to the (allowed) outputs and is the same for all samples.
         allowed_outputs: Indices of outputs in their last dimension. None: all.
-        target_transform: Applied first to the targets of a batch, `transform(targets)`, and never
-            to drawn ones. It sees any sub-batch, also inside vmap.
+        target_transform: A function `transform(targets)` that is applied first to the targets of a
+            batch. It may be called on any part of a batch, also inside vmap.
 
     Raises:
         ValueError: `variance` is not finite or not > 0; `allowed_outputs` is empty, or has
             negative or repeated indices.
-        TypeError: An argument is of another type.
+        TypeError: An argument has a wrong type.
 
     Example:
         >>> Regression(variance=0.5).nll(torch.zeros(2, 3), torch.ones(2, 3))
@@ -85,8 +86,8 @@ class Regression(Pointwise, takes_batches=True):
         if not fits:
             raise InvalidBatch(
                 "the variance must broadcast to the (allowed) outputs of one sample, "
-                f"{list(wanted)}; found {list(given)}. Fix: its shape; a variance for each "
-                "sample needs a Custom likelihood."
+                f"{list(wanted)}; found {list(given)}. Fix: reshape it; for a variance per "
+                "sample, use a Custom likelihood."
             )
         return self.variance.to(head.device, head.dtype, non_blocking=True)
 

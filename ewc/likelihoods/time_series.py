@@ -22,26 +22,28 @@ _SUMS = ("nll", "sample", "sampled_nll", "exact_terms")
 class TimeSeries(Likelihood, takes_batches=True):
     """The likelihood of a sequence: the NLL of a step, summed over time.
 
-    Outputs are `[S, N, F]`: S steps, N samples. Targets are those of the step, with the dimensions
-    of time and samples in front: `[S, N]` or `[S, N, F]`. A 2-D tensor right after the targets is a
-    mask `[S, N]`, boolean or weights >= 0 that multiply the NLL of a step; where it is 0, outputs
-    and targets may hold anything. Any other boolean tensor after the targets, of that shape or
-    that of all positions (`[S, N, F]` of a `Regression`), is a mask, too; 1-D integers (ids,
-    lengths) are ignored. With `batch_first`, all of these are `[N, S, ...]`.
+    Outputs are `[S, N, F]`: S steps, N samples, F outputs per step. Targets are those of the step
+    likelihood with the dimensions of time and samples in front: `[S, N]` or `[S, N, F]`. With
+    `batch_first`, all of these are `[N, S, ...]`.
 
-    Exact Fisher: a sum over the terms of all steps.
+    A 2-D tensor `[S, N]` right after the targets is a mask: booleans, or weights >= 0 that multiply
+    the negative log-likelihood (NLL) of a step. Where it is 0, outputs and targets may hold any
+    values. Other boolean tensors after the targets are masks as well, of the shape `[S, N]` or that
+    of all positions (`[S, N, F]` for `Regression`). 1-D integers (ids, lengths) are ignored.
+
+    The exact Fisher information is the sum of the exact Fisher information of all steps.
 
     Args:
-        step: The likelihood of one step, on outputs `[n, F]`: a `Classification`, the default, a
-            `Regression`, a `Bernoulli`, or another `Pointwise`. Its `target_transform` sees the
-            targets of whole sequences.
-        batch_first: Whether the samples come before time.
+        step: The likelihood of one step, on outputs `[n, F]`: a `Classification` (the default), a
+            `Regression`, a `Bernoulli`, or another `Pointwise`. Its `target_transform` is called on
+            the targets of whole sequences.
+        batch_first: Whether the dimension of the samples comes before that of time.
 
     Raises:
-        TypeError: `step` is something else, or has an NLL of its own instead of a `position_nll`.
+        TypeError: `step` is not a `Pointwise`, or defines `nll` instead of `position_nll`.
 
     Example:
-        Two sequences of up to three steps; the second has only one:
+        Two sequences of up to three steps; the second one has a single step:
 
         >>> likelihood = TimeSeries(Regression(), batch_first=True)
         >>> mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -114,14 +116,14 @@ class TimeSeries(Likelihood, takes_batches=True):
         if outputs.dim() != 3:
             raise InvalidBatch(
                 f"the outputs that TimeSeries takes must be [{self._order}, F]; found "
-                f"{describe(outputs)}. Fix: the model's outputs, in forward."
+                f"{describe(outputs)}. Fix: change the model's outputs in forward."
             )
         targets = self.step.targets_in(rest, required=required)
         if targets is not None and targets.shape[:2] != outputs.shape[:2]:
             raise InvalidBatch(
                 f"the targets that TimeSeries takes must be [{self._order}] or [{self._order}, F] "
-                f"for outputs {list(outputs.shape)}; found {describe(targets)}. Fix: their shape, "
-                f"in target_transform, or TimeSeries(batch_first={not self.batch_first})."
+                f"for outputs {list(outputs.shape)}; found {describe(targets)}. Fix: reshape "
+                f"them in target_transform, or use TimeSeries(batch_first={not self.batch_first})."
             )
         steps = outputs.flatten(0, 1)
         return (
@@ -139,9 +141,9 @@ class TimeSeries(Likelihood, takes_batches=True):
             if list(extras[0].shape) != order:
                 raise InvalidBatch(
                     f"the mask that TimeSeries takes must be [{self._order}] for outputs "
-                    f"{list(outputs.shape)}; found {describe(extras[0])}. Fix: its shape; or, if "
-                    "it is not a mask, leave it out: a tensor of two dimensions right after the "
-                    "targets is one."
+                    f"{list(outputs.shape)}; found {describe(extras[0])}. Fix: reshape it. "
+                    "If it is not a mask, leave it out: a tensor of two dimensions right after the "
+                    "targets is read as one."
                 )
             weights = extras[0].flatten()
             extras[0] = None

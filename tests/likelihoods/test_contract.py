@@ -172,7 +172,7 @@ def test_targets_may_be_absent_but_for_the_empirical(case: Case) -> None:
     for rest in ((), (None,)):
         assert case.likelihood.sampled_nll(outputs, *rest).shape == (4,)
         assert case.likelihood.exact_terms(outputs, *rest).shape[1:] == (4,)
-        with pytest.raises(InvalidBatch, match=r"needs the targets .* found none"):
+        with pytest.raises(InvalidBatch, match=r"must hold targets .* found none"):
             case.likelihood.nll(outputs, *rest)
 
 

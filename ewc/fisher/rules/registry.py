@@ -25,14 +25,17 @@ ALWAYS: set[Callable[..., Any]] = set()
 
 
 class NotCovered(Exception):  # noqa: N818 - a condition, not an error: as StopIteration
-    """Raised by a handler for arguments that it does not cover; another exact method is used."""
+    """Raised by a rule or decomposition for arguments that it does not cover.
+
+    Another method is then used, with the same result.
+    """
 
 
 class Operation(Protocol):
-    """What a rule works with: all samples in front, values of parameters, recorded gradients.
+    """The interface of a rule to the engine: samples, values of parameters, recorded gradients.
 
-    Where this says parameter, it may also be an effective weight: a tensor that the model has
-    computed from parameters alone, such as `weight.T`, `1 + weight` or a weight norm.
+    Here *parameter* also means an effective weight: a tensor that the model computes from
+    parameters alone, such as `weight.T`, `1 + weight` or a weight norm.
     """
 
     def samples(self, tensor: Tensor) -> Tensor:
@@ -67,13 +70,14 @@ class Operation(Protocol):
         """Record how the per-sample gradients of parameters follow from that of `output`.
 
         Args:
-            output: Computed from what `samples` and `value` gave, samples in front.
-            gradients: For each parameter a function of the gradient of `output`, which has the
-                shape of `output`. An entry for None, or for a tensor that is not protected, is
-                passed over.
+            output: The output of the operation, computed from the results of `samples` and `value`,
+                shape `[N, ...]`.
+            gradients: For each parameter, a function that takes the gradient of `output`, of the
+                same shape, and returns the per-sample gradients. An entry for None, or for a tensor
+                that is not protected, is ignored.
 
         Returns:
-            The output to go on with in place of `output`.
+            The tensor that the rule must return instead of `output`.
         """
         ...
 
@@ -81,8 +85,9 @@ class Operation(Protocol):
 def rule(*functions: Callable[..., Any], always: bool = False) -> Callable[[Handler], Handler]:
     """Register the decorated function as the rule for `functions`.
 
-    It is called as `handler(operation, *args, **kwargs)` with the arguments of the call that it
-    replaces, and returns the same outputs, but for all samples: `[N, ...]` in place of `[...]`.
+    The function is called as `handler(operation, *args, **kwargs)`, with the arguments of the call
+    that it replaces. It returns the outputs of this call for all samples: `[N, ...]` instead of
+    `[...]`.
 
     Args:
         functions: Functions as a `torch.overrides.TorchFunctionMode` sees them, such as `F.linear`.
@@ -100,7 +105,14 @@ def rule(*functions: Callable[..., Any], always: bool = False) -> Callable[[Hand
 
 
 def decomposition(*functions: Callable[..., Any]) -> Callable[[Handler], Handler]:
-    """Register the decorated function, with the same arguments, in the place of `functions`."""
+    """Register the decorated function as the decomposition of `functions`.
+
+    It takes the same arguments, and is run in place of the call. Each operation that it calls is
+    handled in turn.
+
+    Args:
+        functions: Functions as a `torch.overrides.TorchFunctionMode` sees them, such as `F.linear`.
+    """
 
     def register(handler: Handler) -> Handler:
         DECOMPOSITIONS.update(dict.fromkeys(functions, handler))
