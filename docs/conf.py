@@ -16,6 +16,7 @@ language = "en"
 extensions = [
     "examples",
     "formulas",
+    "notebooks",
     "reference",
     "myst_parser",
     "sphinx.ext.autodoc",

@@ -7,9 +7,11 @@ of public docstrings run too.
 """
 
 import doctest
+import importlib.util
 import inspect
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -214,6 +216,37 @@ def test_every_page_is_in_the_contents() -> None:
     listed = {line for block in entries for line in block.splitlines()}
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
     assert pages <= listed, pages - listed
+
+
+def load_extension(name: str) -> ModuleType:
+    """A module of docs/_extensions, which is no package."""
+    spec = importlib.util.spec_from_file_location(
+        name, ROOT / "docs" / "_extensions" / f"{name}.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in TUTORIALS if page.stem != "index"], ids=lambda page: page.stem
+)
+def test_the_notebook_of_a_tutorial_has_the_blocks_that_run(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    notebook = load_extension("notebooks").notebook(f"tutorials/{page.stem}", text)
+    cells = notebook["cells"]
+    code = [cell["source"] + "\n" for cell in cells if cell["cell_type"] == "code"]
+    assert code == [code for _, code in blocks(text)]
+    words = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+    assert "```python" not in words
+    assert "<!-- setup" not in words
+    docs = "https://github.com/ewc-developers/ewc/blob/main/docs/"
+    for target in re.findall(r"\]\(([^)#]+)", words):
+        assert target.startswith("https://"), target
+        assert not target.startswith(docs) or (ROOT / "docs" / target[len(docs) :]).is_file()
+    assert len({cell["id"] for cell in cells}) == len(cells)
 
 
 def test_every_tutorial_is_in_the_contents_and_has_blocks_that_run() -> None:
