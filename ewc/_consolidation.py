@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewc._checks import as_float, positive, positive_int
+from ewc._checks import as_float, listed_names, positive, positive_int
 from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
 from ewc._settings import Settings
@@ -21,6 +21,7 @@ from ewc.data.calling import Forward, check_forward
 from ewc.errors import SlowPathWarning, ZeroFisherWarning, warn
 from ewc.fisher import Squares, collect
 from ewc.fisher.fixes import fix
+from ewc.fisher.verified import LastVerification
 from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
 from ewc.model.randomness import Randomness
@@ -95,6 +96,7 @@ class Task:
         settings: Settings,
         ranks: Ranks,
         undo: list[Restore],
+        last: LastVerification,
     ) -> "Estimate":
         """Estimate the diagonal Fisher in one pass over the batches.
 
@@ -104,6 +106,7 @@ class Task:
             settings: The options of this and all other tasks.
             ranks: The processes.
             undo: What takes back all draws is appended, for a failure, also a later one.
+            last: What the last consolidation has verified; updated.
 
         Raises:
             ValueError: Parameters are not finite, the data is invalid, the number of samples is
@@ -124,6 +127,7 @@ class Task:
             generator=self.generator,
             randomness=randomness,
             ranks=ranks,
+            last=last,
         )
         with torch.no_grad():
             size = 1 if settings.reduction == "mean" else self._n_samples(squares, ranks)
@@ -244,11 +248,11 @@ class Estimate:
         if unused:
             it, are_they = ("it", "is it") if len(unused) == 1 else ("them", "are they")
             reason = f"no gradient reached {it} ({are_they} used, and not detached?)"
-            found.append(f"{', '.join(map(repr, unused))} is zero in every entry: {reason}.")
+            found.append(f"{listed_names(unused)} is zero in every entry: {reason}.")
         if cancelled:
             it = "it" if len(cancelled) == 1 else "them"
             reason = f"every gradient that reached {it} is zero"
-            found.append(f"{', '.join(map(repr, cancelled))} is zero in every entry: {reason}.")
+            found.append(f"{listed_names(cancelled)} is zero in every entry: {reason}.")
         return (
             f"The Fisher of {' The Fisher of '.join(found)} This task does not protect "
             f"{'it' if len(names) == 1 else 'them'}."
@@ -257,9 +261,9 @@ class Estimate:
     def _slow_message(self) -> str:
         names: dict[str, list[str]] = {}
         for name, reason in self.squares.reasons.items():
-            names.setdefault(reason, []).append(repr(name))
+            names.setdefault(reason, []).append(name)
         found = [
-            f"{', '.join(some)}, because {reason}. Fix: {fix(reason)}."
+            f"{listed_names(some)}, because {reason}. Fix: {fix(reason)}."
             for reason, some in names.items()
         ]
         return (
@@ -275,7 +279,10 @@ def _zero_names(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
         ValueError: It is zero for all parameters.
     """
     device = next(iter(fisher.values())).device
-    nonzero = torch.stack([local(each).any().to(device) for each in fisher.values()])
+    parts = [local(each) for each in fisher.values()]
+    # The largest entry takes a fraction of the time of `any`.
+    tops = [(part.max() if part.numel() else part.sum()).to(device) for part in parts]
+    nonzero = torch.stack(tops) != 0
     with ranks.exchange("which Fisher entries are zero"):
         any_nonzero = ranks.maximum(nonzero.to(torch.uint8)).tolist()
     names = [name for name, flag in zip(fisher, any_nonzero, strict=True) if not flag]

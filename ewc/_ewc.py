@@ -20,6 +20,7 @@ from ewc._strength import Strength
 from ewc._summary import Curvature, Summary, check_finite_curvature, measure
 from ewc.data.calling import Forward, check_forward
 from ewc.fisher.environment import undisturbed
+from ewc.fisher.verified import LastVerification
 from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
 from ewc.model.names import named_parameters, unwrap
@@ -118,6 +119,7 @@ class EWC(Copied):
         self._state = State()
         self._binding: Binding | None = None
         self._merging = Merging()
+        self._verification = LastVerification()
         parameters = collectable(self._model, self._chosen)
         self._origin = origin(next(iter(parameters.values())).device)
 
@@ -257,7 +259,9 @@ class EWC(Copied):
                 parameters = collectable(self._model, self._chosen)
                 options = {**self._configuration(), "strength": self._strength_option.written}
                 agree_on(task, ranks, self._model, self._state, parameters, self._settings, options)
-                estimate = task.estimate(self._model, parameters, self._settings, ranks, undo)
+                estimate = task.estimate(
+                    self._model, parameters, self._settings, ranks, undo, self._verification
+                )
                 binding, summary = estimate.merged_into(
                     self._state,
                     self._model,

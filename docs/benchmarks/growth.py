@@ -1,4 +1,4 @@
-"""How the time grows: with samples, with width, with tasks.
+"""How the time grows: with samples, with width, with classes, with tasks, with processes.
 
 Ordinary forward and backward and a consolidation take turns, at every size, in one interleaved run.
 """
@@ -6,18 +6,29 @@ Ordinary forward and backward and a consolidation take turns, at every size, in 
 from __future__ import annotations
 
 import argparse
+import statistics
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the processes that this one starts
 
 import _harness
 import torch
+import torch.distributed as dist
 from _harness import interleave, number, table
 from _models import GPT, Batch, Workload, gradients, mlp, tokens, vectors
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
 from ewc import EWC, Classification
 
 TASKS = (1, 3, 10, 30, 100)
+CLASSES = (2, 8, 32, 128)
+PROCESSES = (1, 2)
 
 
 def samples(arguments: argparse.Namespace) -> str:
@@ -79,6 +90,97 @@ def width(arguments: argparse.Namespace) -> str:
     )
 
 
+def classes(arguments: argparse.Namespace) -> str:
+    """Time of the exact Fisher information against the number of classes."""
+    sizes: dict[int, tuple[nn.Module, list[Batch]]] = {}
+    for count in CLASSES[:2] if arguments.quick else CLASSES:
+        model = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, count))
+        workload = Workload("", lambda m=model: m, vectors(784), 128, 8)
+        batches = [(x, y % count) for x, y in workload.data(8)]
+        sizes[count] = model.eval(), batches
+    calls: dict[tuple[str, int], Callable[[], object]] = {}
+    for count, (model, batches) in sizes.items():
+        calls["ordinary", count] = _ordinary(model, batches)
+        calls["empirical", count] = _consolidation(model, batches)
+        calls["exact", count] = _consolidation(model, batches, fisher_type="exact")
+    timings = interleave(calls, arguments.rounds)
+    rows = [
+        [
+            str(count),
+            number(1e3 * timings.median(("ordinary", count)) / len(batches)),
+            number(timings.ratio(("empirical", count), ("ordinary", count))),
+            number(timings.ratio(("exact", count), ("ordinary", count))),
+            number(timings.ratio(("exact", count), ("ordinary", count)) / count),
+        ]
+        for count, (_, batches) in sizes.items()
+    ]
+    head = [
+        "MLP 784-400-C, classes C",
+        "forward + backward, ms per batch",
+        "empirical, times that",
+        "exact, times that",
+        "exact, for each class",
+    ]
+    return table(head, rows)
+
+
+def processes(arguments: argparse.Namespace) -> str:
+    """Time against the number of processes, each with as many batches of its own."""
+    rounds = arguments.rounds
+    found = {count: _together(count, 2 if arguments.quick else 32, rounds) for count in PROCESSES}
+    rows = [
+        [str(count), number(1e3 * ordinary), number(1e3 * consolidation), number(ratio)]
+        for count, (ordinary, consolidation, ratio) in found.items()
+    ]
+    head = [
+        "MLP 784-400-400-10, processes of one thread",
+        "forward + backward, ms",
+        "consolidation, ms",
+        "ratio",
+    ]
+    return table(head, rows)
+
+
+def _together(count: int, batches: int, rounds: int) -> tuple[float, float, float]:
+    """Seconds of both on the first of several processes, and the median of their ratios."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        arguments = (count, store, batches, rounds, results)
+        started = [
+            context.Process(target=_process, args=(rank, *arguments)) for rank in range(count)
+        ]
+        for process in started:
+            process.start()
+        found: list[tuple[float, float]] = results.get(timeout=600)
+        for process in started:
+            process.join()
+    ordinary, consolidation = zip(*found, strict=True)
+    ratios = [b / a for a, b in found]
+    return statistics.median(ordinary), statistics.median(consolidation), statistics.median(ratios)
+
+
+def _process(rank: int, count: int, store: str, batches: int, rounds: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=count, init_method=f"file://{store}")
+    workload = Workload("", mlp, vectors(784), 128, batches)
+    torch.manual_seed(0)
+    model, own = workload.build().eval(), workload.data(batches)
+    found = []
+    for _ in range(rounds + 1):
+        seconds = []
+        for run in (_ordinary(model, own), _consolidation(model, own)):
+            dist.barrier()
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        found.append((seconds[0], seconds[1]))
+    if rank == 0:
+        results.put(found[1:])
+    dist.destroy_process_group()
+
+
 def tasks(arguments: argparse.Namespace) -> str:
     """Time and size of the state against the number of tasks."""
     torch.manual_seed(0)
@@ -132,8 +234,8 @@ def _ordinary(model: nn.Module, batches: list[Batch]) -> Callable[[], object]:
     return lambda: [gradients(model, batch) for batch in batches]
 
 
-def _consolidation(model: nn.Module, batches: list[Batch]) -> Callable[[], object]:
-    return lambda: EWC(model, Classification()).consolidate(batches)
+def _consolidation(model: nn.Module, batches: list[Batch], **options: Any) -> Callable[[], object]:
+    return lambda: EWC(model, Classification(), **options).consolidate(batches)
 
 
 def _value_and_gradient(ewc: EWC, parameters: list[nn.Parameter]) -> object:
@@ -147,12 +249,14 @@ def _bytes(state: object) -> int:
 
 
 def report(arguments: argparse.Namespace) -> str:
-    """Three tables, as Markdown."""
+    """Five tables, as Markdown."""
     return "\n\n".join(
         [
             samples(arguments),
             width(arguments),
+            classes(arguments),
             tasks(arguments),
+            processes(arguments),
             f"{_harness.machine()}. Medians of {arguments.rounds} interleaved rounds; ratios "
             "within a round.",
         ]

@@ -1,6 +1,6 @@
 """Collects the diagonal Fisher information: one pass over the batches of a task."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -20,14 +20,16 @@ from ewc.fisher.environment import undisturbed
 from ewc.fisher.hiding import without_compilation
 from ewc.fisher.mixing import refuse_batch_statistics
 from ewc.fisher.numerics import full_precision
+from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
 from ewc.fisher.sharded.lockstep import LockStep
 from ewc.fisher.sharded.model import ShardedModel
-from ewc.fisher.verification import check_independence, verify
+from ewc.fisher.verification import check_independence, recall, verify
+from ewc.fisher.verified import LastVerification, Verified, basis, hooks
 from ewc.likelihoods import Likelihood
 from ewc.model.guard import Guard
 from ewc.model.randomness import Randomness
-from ewc.model.reachable import reachable_modules
+from ewc.model.reachable import reachable
 from ewc.processes.layout import has_sharded_parameters
 from ewc.processes.ranks import SINGLE_PROCESS, Ranks
 
@@ -73,6 +75,7 @@ def collect(
     generator: torch.Generator | None,
     randomness: Randomness | None = None,
     ranks: Ranks = SINGLE_PROCESS,
+    last: LastVerification | None = None,
 ) -> Squares:
     """Sum the squared gradients of all samples, each run through the model alone, in eval mode.
 
@@ -90,6 +93,7 @@ def collect(
         generator: Gives the seed of `"mc"`; None for the global generator.
         randomness: What the model draws from; None starts from the present random states.
         ranks: The processes that share the data; all of them must call this.
+        last: What the last collection has verified; None remembers nothing. Updated.
 
     Raises:
         ValueError: There are no samples, a batch is not valid, a module mixes samples, or a
@@ -99,8 +103,10 @@ def collect(
         randomness = Randomness(parameter.device for parameter in parameters.values())
     refuse_batch_statistics(model)
     sharded = ShardedModel(model, parameters, ranks) if has_sharded_parameters(model) else None
-    others = reachable_modules(model, forward, likelihood)
-    guard = Guard(model, others)
+    found = reachable(model, forward, likelihood, *hooks(model.modules()))
+    guard = Guard(model, found.modules)
+    last = last or LastVerification()
+    rests_on = basis(model, parameters, found, fisher_type)
 
     def restore() -> None:
         guard.restore()
@@ -125,7 +131,7 @@ def collect(
                 randomness,
                 restore,
                 frozenset() if sharded is None else sharded.placeholder_names,
-                others,
+                found.modules,
             )
             coordination: Coordination = (
                 Independent(ranks) if sharded is None else LockStep(sharded, ranks, runner)
@@ -133,8 +139,8 @@ def collect(
             quota = None if max_samples is None else ranks.quota(max_samples)
             reading = Reading(batches, quota, runner.read, restore)
             with torch.enable_grad(), without_compilation:
-                found = _run(runner, coordination, reading, sums, guard)
-            return _combined(ranks, found, truncated=reading.truncated)
+                added = _run(runner, coordination, reading, sums, guard, rests_on, last)
+            return _combined(ranks, added, truncated=reading.truncated)
 
     leave = [guard.leave] if sharded is None else [guard.leave, sharded.reset]
     return undisturbed(run, always=leave)
@@ -146,8 +152,10 @@ def _run(
     reading: Reading,
     sums: dict[str, Tensor],
     guard: Guard,
+    rests_on: list[Hashable],
+    last: LastVerification,
 ) -> Accumulator:
-    """Verify the methods on the first samples, then run all batches."""
+    """Verify the methods on the first samples, unless that was done before; run all batches."""
     batches = iter(reading)
     first = next(batches, None)
     own = None if first is None else _two_samples(first)
@@ -160,7 +168,7 @@ def _run(
             one = verified_on.take(0, 1)
             with runner.randomness.stream(), full_precision():
                 guard.empty_caches(lambda: runner.outputs(one.raw))
-        methods = verify(runner, coordination, verified_on, sums)
+        methods = _methods(runner, coordination, verified_on, sums, rests_on, last)
     coordination.end_verification()
     runner.randomness.expect_as_seen()
     accumulator = Accumulator(runner, coordination, sums, methods)
@@ -182,6 +190,26 @@ def _run(
         accumulator.add(bundle)
     accumulator.end()
     return accumulator
+
+
+def _methods(
+    runner: Runner,
+    coordination: Coordination,
+    batch: Batch,
+    sums: dict[str, Tensor],
+    rests_on: list[Hashable],
+    last: LastVerification,
+) -> Vectorised | str:
+    """The fast methods, or why there are none; verified, unless the last verification holds."""
+    if last.verified is not None and last.holds(rests_on, batch):
+        recalled = recall(runner, last.verified, batch.take(0, 1))
+        if recalled is not None:
+            return recalled
+    last.verified = None
+    methods, may_be_recalled = verify(runner, coordination, batch, sums)
+    if may_be_recalled and isinstance(methods, Vectorised):
+        last.verified = Verified.of(rests_on, batch, methods)
+    return methods
 
 
 def _two_samples(batch: Batch) -> Batch:

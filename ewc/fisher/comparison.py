@@ -39,5 +39,13 @@ def differing(
             8 * torch.finfo(torch.bfloat16).eps if is_half else 100 * torch.finfo(right.dtype).eps
         )
         bound = share * scale + rounding**2 * max(scales)
-        beyond.append(((found[name] - right).abs() > bound).any())
+        beyond.append(_farthest(found[name] - right) > bound)
     return {name for name, one in zip(expected, read(beyond), strict=True) if one}
+
+
+def _farthest(differences: Tensor) -> Tensor:
+    """The largest modulus, in a fraction of the time of a comparison of all."""
+    if not differences.numel():
+        return differences.sum()
+    low, high = differences.aminmax()
+    return torch.maximum(-low, high)

@@ -10,15 +10,17 @@ from ewc._refusals import described, pattern
 from ewc.data.batch import Batch
 from ewc.data.objects import ObjectsRead
 from ewc.errors import InvalidBatch
+from ewc.fisher.comparison import largest
 from ewc.fisher.coordination import Coordination
 from ewc.fisher.independence import refuse_comparing
 from ewc.fisher.mixing import Runs, refuse_mixing
 from ewc.fisher.numerics import full_precision, is_half_precision
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.structure import Structures
-from ewc.fisher.paths.vectorised import Vectorised
+from ewc.fisher.paths.vectorised import Terms, Vectorised
 from ewc.fisher.runner import Runner
 from ewc.fisher.terms import NoTensorOutputs, surrogate_terms
+from ewc.fisher.verified import Verified
 from ewc.model.randomness import are_same, others
 
 OBJECTS = "a batch holds lists of objects only, which vmap cannot split"
@@ -29,7 +31,7 @@ _DRAWS = "the model or the likelihood draws random numbers, so that no two runs 
 
 def verify(
     runner: Runner, coordination: Coordination, batch: Batch, sums: Mapping[str, Tensor]
-) -> Vectorised | str:
+) -> tuple[Vectorised | str, bool]:
     """Run one or two samples by the loop and by the fast methods, and compare.
 
     A parameter whose sums differ falls back to the loop for the whole pass.
@@ -41,7 +43,9 @@ def verify(
         sums: Zeros; used as memory here, and set to zero again.
 
     Returns:
-        The fast methods, or why all parameters fall back to the loop.
+        The fast methods, or why all parameters fall back to the loop; and whether the methods may
+        be used again while nothing changes: two independent samples, without random numbers and
+        values read by the model, had gradients in every parameter, all of them right.
 
     Raises:
         ValueError: A module mixes the samples of a batch.
@@ -53,13 +57,42 @@ def verify(
             each.zero_()
 
 
+def recall(runner: Runner, verified: Verified, batch: Batch) -> Vectorised | None:
+    """The fast methods that were verified before, if the model still makes the same calls.
+
+    Args:
+        runner: Runs the model.
+        verified: What an earlier collection has verified.
+        batch: One sample.
+
+    Returns:
+        None if it makes other calls, draws random numbers, or fails.
+    """
+    vectorised = _comparable(runner, verified.structures)
+    before = runner.randomness.position, others()
+    try:
+        runner.record(vectorised, batch, {})
+    except Exception:  # the verification fails in the same way, and says why
+        return None
+    finally:
+        after = runner.randomness.position, others()
+        runner.randomness.position = before[0]
+        runner.restore()
+    as_before = (
+        vectorised.calls == verified.calls
+        and vectorised.methods == verified.methods
+        and not vectorised.fallback
+        and not vectorised.reads
+        and are_same(before, after)
+    )
+    return _counting(runner, vectorised) if as_before else None
+
+
 def _verify(
     runner: Runner, coordination: Coordination, batch: Batch, sums: Mapping[str, Tensor]
-) -> Vectorised | str:
+) -> tuple[Vectorised | str, bool]:
     expected = {name: torch.zeros_like(each) for name, each in sums.items()}
-    # Drawn targets differ from run to run: a function of the outputs is differentiated instead.
-    is_drawn = runner.fisher_type == "mc"
-    terms = surrogate_terms if is_drawn else runner.terms
+    terms = _comparable_terms(runner)
     runs = Runs(runner.outputs)
     if batch.size == 2:
         with runner.randomness.stream(), full_precision():
@@ -70,26 +103,21 @@ def _verify(
         with coordination.adding_to(expected) as own_sums, full_precision():
             runner.loop(batch, own_sums, set(expected), outputs=runs, terms=terms)
     except NoTensorOutputs:
-        return _NO_TENSOR
+        return _NO_TENSOR, False
     after = runner.randomness.position, others()
     reason = _DIFFERS if are_same(before, after) else _DRAWS
     if batch.size == 2:
         _refuse_dependent(runner, runs, batch)
         runs.outputs.clear()  # the graphs of the outputs take memory
     if not batch.vectorisable:
-        return OBJECTS
+        return OBJECTS, False
+    is_pair = batch.size == 2
     if batch.size == 1 and not coordination.is_lockstep:
         # Twice: what vmap draws differs between samples. In lockstep, sums are of all processes.
         batch = batch.pick([0, 0])
         for each in expected.values():
             each.mul_(2)
-    vectorised = Vectorised(
-        runner.parameters,
-        runner.outputs,
-        terms,
-        None if is_drawn else runner.samples_dim,
-        Structures(in_lockstep=coordination.is_lockstep),
-    )
+    vectorised = _comparable(runner, Structures(in_lockstep=coordination.is_lockstep))
 
     def run() -> None:
         # In the precision of the loop, so that rounding makes no difference between methods.
@@ -106,10 +134,34 @@ def _verify(
         raise
     except Exception as error:  # what vmap refuses; the loop has just run the same samples
         coordination.before_retry(error)
-        return confirmed(error, run)
+        return confirmed(error, run), False
     is_half = is_half_precision(runner.model)
     for name in coordination.differing(sums, expected, is_half=is_half):
         vectorised.fallback.setdefault(name, reason)
+    is_sure = reason == _DIFFERS and not vectorised.reads and not vectorised.fallback
+    may_be_recalled = is_pair and is_sure and not coordination.is_lockstep
+    if may_be_recalled:
+        may_be_recalled = all(largest({name: expected[name] for name in vectorised.methods}))
+    return _counting(runner, vectorised), may_be_recalled
+
+
+def _comparable_terms(runner: Runner) -> Terms:
+    """What is differentiated while methods are compared.
+
+    Drawn targets differ from run to run: a function of the outputs takes their place.
+    """
+    return surrogate_terms if runner.fisher_type == "mc" else runner.terms
+
+
+def _comparable(runner: Runner, structures: Structures) -> Vectorised:
+    """The fast methods, for terms that can be compared."""
+    dim = None if runner.fisher_type == "mc" else runner.samples_dim
+    terms = _comparable_terms(runner)
+    return Vectorised(runner.parameters, runner.outputs, terms, dim, structures)
+
+
+def _counting(runner: Runner, vectorised: Vectorised) -> Vectorised:
+    """The fast methods, for the samples that count."""
     vectorised.terms, vectorised.samples_dim = runner.terms, runner.samples_dim
     return vectorised
 

@@ -44,13 +44,15 @@ class Guard:
         self._parameters = [
             (each, each.requires_grad, each.grad, each._backward_hooks) for each in parameters
         ]
-        self._module_hooks = [
-            (hooks, dict(hooks))
+        # A module has a dozen dicts of hooks, and nearly all are empty.
+        self._hooks: list[dict[object, object]] = [
+            hooks
             for module in self._modules
             for name, hooks in vars(module).items()
             if name.startswith("_") and "_hooks" in name and isinstance(hooks, dict)
         ]
-        self._hooks_in_runs: list[tuple[dict[object, object], set[object]]] = []
+        self._hooks_before = _copies(self._hooks)
+        self._hooks_in_runs: dict[int, dict[object, object]] = {}
 
     def prepare(self) -> None:
         """Put the model into eval mode, without gradients and gradient hooks."""
@@ -62,7 +64,7 @@ class Guard:
             if hooks:
                 parameter._backward_hooks = None
         # With those that gather sharded parameters, which are there for all runs.
-        self._hooks_in_runs = [(hooks, set(hooks)) for hooks, _ in self._module_hooks]
+        self._hooks_in_runs = _copies(self._hooks)
         self._attributes = Attributes(self._modules)
         if self._attributes.tensors:
             self._snapshots.append(_Snapshot(self._attributes.tensors))
@@ -78,10 +80,11 @@ class Guard:
         finally:
             for module, training in self._flags:
                 module.training = training
-            for hooks, saved in self._module_hooks:
-                if hooks != saved:
+            for hooks in self._hooks:
+                before = self._hooks_before.get(id(hooks), {})
+                if hooks != before:
                     hooks.clear()
-                    hooks.update(saved)
+                    hooks.update(before)
             for parameter, requires_grad, gradient, backward_hooks in self._parameters:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)
@@ -98,9 +101,8 @@ class Guard:
         for parameter, *_ in self._parameters:
             parameter.grad = None
         # A model may register hooks in its first run, and note it in an attribute, restored above.
-        for hooks, known in self._hooks_in_runs:
-            if len(hooks) == 0:  # nearly all, and there are a dozen for each module
-                continue
+        for hooks in filter(None, self._hooks):
+            known = self._hooks_in_runs.get(id(hooks), {})
             for key in [key for key in hooks if key not in known and not _is_ours(hooks[key])]:
                 del hooks[key]
 
@@ -109,6 +111,11 @@ class Guard:
         if self._attributes is not None:
             self._attributes.empty_caches(run)
         self.restore()
+
+
+def _copies(dicts: Iterable[dict[object, object]]) -> dict[int, dict[object, object]]:
+    """Copies of those that are not empty, by identity."""
+    return {id(each): dict(each) for each in dicts if each}
 
 
 def _is_ours(hook: object) -> bool:

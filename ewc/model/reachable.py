@@ -1,16 +1,20 @@
-"""Modules that the code of a collection may run beside the model.
+"""What the code of a collection may run and read beside the model.
 
 A `forward`, a likelihood or the model itself may use another network: a frozen encoder, a teacher.
-It is found where Python code keeps such things, and guarded like the model.
+It is found where Python code keeps such things, and guarded like the model. The same search
+describes all that it passes, so that a later collection can see what has changed.
 """
 
 import sys
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _STEPS = 5
@@ -22,12 +26,57 @@ _VISITED = 5000
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "builtins", "ewc", "numpy", "torch"})
 """Packages whose functions use no modules but those that they are given."""
 
+_OWN = ("ewc.likelihoods", "ewc.integrations")
+"""The library's own packages whose objects are followed: they hold functions of the user's."""
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
+"""Values that are described by themselves."""
+
 STANDARD = frozenset(vars(nn.Module()))
 """The attributes that every module has."""
 
 
-def reachable_modules(model: nn.Module, *roots: Any) -> list[nn.Module]:
-    """The modules that a model or some functions and objects may run, and that are not its own.
+@dataclass(frozen=True)
+class Reachable:
+    """What a search has found.
+
+    Attributes:
+        modules: The modules that may run and are not the model's own, without their submodules.
+        description: What the search has passed, in order: the code of functions, plain values,
+            the shapes and dtypes of tensors, and other objects by identity. Two descriptions are
+            equal if nothing has changed, as far as the search goes.
+    """
+
+    modules: list[nn.Module]
+    description: list[Hashable]
+
+
+class Identity:
+    """Stands for one object, which it does not keep alive; equal as long as the object lives.
+
+    Args:
+        value: The object.
+    """
+
+    def __init__(self, value: object) -> None:
+        self._value: Callable[[], object]
+        try:
+            self._value = weakref.ref(value)
+        except TypeError:  # a number of NumPy, an object with slots
+            self._value = lambda: value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Identity):
+            return False
+        value = self._value()
+        return value is not None and value is other._value()
+
+    def __hash__(self) -> int:
+        return 0  # it changes when the object dies; these are compared, not looked up
+
+
+def reachable(model: nn.Module, *roots: Any) -> Reachable:
+    """What a model or some functions and objects may run and read.
 
     Followed are what a function closes over, its defaults, what it wraps, and the global names in
     its code; the object of a bound method; the arguments of `functools.partial`; the attributes of
@@ -37,17 +86,16 @@ def reachable_modules(model: nn.Module, *roots: Any) -> list[nn.Module]:
     Args:
         model: The model.
         roots: Functions and objects.
-
-    Returns:
-        The modules, without their submodules.
     """
     own = set(map(id, model.modules()))
     found: dict[int, nn.Module] = {}
+    description: list[Hashable] = []
     visited: set[int] = set()
     waiting: deque[tuple[Any, int]] = deque((root, 0) for root in roots)
     waiting.extend((each, _STEPS - 2) for each in _of_model(model))
     while waiting and len(visited) < _VISITED:
         value, step = waiting.popleft()
+        description.append(_described(value))
         if id(value) in visited:
             continue
         visited.add(id(value))
@@ -57,7 +105,36 @@ def reachable_modules(model: nn.Module, *roots: Any) -> list[nn.Module]:
         elif step < _STEPS:
             waiting.extend((each, step + 1) for each in _within(value))
     inner = {id(each) for outer in found.values() for each in outer.modules() if each is not outer}
-    return [module for key, module in found.items() if key not in inner]
+    modules = [module for key, module in found.items() if key not in inner]
+    return Reachable(modules, description)
+
+
+def describe_tensor(tensor: Tensor) -> Hashable:
+    """All of a tensor but its values."""
+    return (
+        type(tensor),
+        tensor.shape,
+        tensor.dtype,
+        tensor.device,
+        tensor.layout,
+        tensor.requires_grad,
+    )
+
+
+def _described(value: Any) -> Hashable:
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return describe_tensor(value)
+    if isinstance(value, FunctionType):
+        return value.__code__
+    if isinstance(value, MethodType):
+        return value.__func__.__code__ if isinstance(value.__func__, FunctionType) else MethodType
+    if isinstance(value, Mapping):
+        return type(value), tuple(key for key in value if isinstance(key, _PLAIN)), len(value)
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return type(value), len(value)
+    return Identity(type(value) if _is_followed(value) else value)
 
 
 def _of_model(model: nn.Module) -> Iterator[Any]:
@@ -83,12 +160,17 @@ def _within(value: Any) -> Iterable[Any]:
         return list(value.values())[:_VISITED]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return list(value)[:_VISITED]
-    if isinstance(value, (type, ModuleType, Tensor)) or not hasattr(value, "__dict__"):
-        return ()
-    if _is_of_library(type(value)) and _package(type(value)) != "ewc":
+    if not _is_followed(value):
         return ()
     methods = [each for each in vars(type(value)).values() if isinstance(each, FunctionType)]
     return (*vars(value).values(), *methods)
+
+
+def _is_followed(value: Any) -> bool:
+    """Whether the attributes and methods of an object are followed."""
+    if isinstance(value, (type, ModuleType, Tensor, nn.Module)) or not hasattr(value, "__dict__"):
+        return False
+    return not _is_of_library(type(value)) or type(value).__module__.startswith(_OWN)
 
 
 def _of_function(function: FunctionType) -> Iterator[Any]:

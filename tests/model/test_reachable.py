@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from ewc import Custom
-from ewc.model.reachable import reachable_modules
+from ewc.model.reachable import reachable
 
 GLOBAL = nn.Linear(2, 2)
 
@@ -89,13 +89,13 @@ def closure_of(function: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_a_function_holds(name: str) -> None:
     model, other = nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))
-    assert reachable_modules(model, MAKERS[name](other)) == [other]
-    assert reachable_modules(model, MAKERS[name](model)) == []
+    assert reachable(model, MAKERS[name](other)).modules == [other]
+    assert reachable(model, MAKERS[name](model)).modules == []
 
 
 @pytest.mark.parametrize("root", [by_global, by_helper, by_inner_function, Delegating()])
 def test_globals_that_the_code_names(root: Any) -> None:
-    assert reachable_modules(nn.Linear(2, 2), None, root) == [GLOBAL]
+    assert reachable(nn.Linear(2, 2), None, root).modules == [GLOBAL]
 
 
 def test_what_a_model_hides() -> None:
@@ -109,11 +109,11 @@ def test_what_a_model_hides() -> None:
             return GLOBAL(x)
 
     teacher = nn.Linear(2, 2)
-    assert reachable_modules(Student(teacher)) == [teacher]
-    assert reachable_modules(nn.Sequential(Global())) == [GLOBAL]
+    assert reachable(Student(teacher)).modules == [teacher]
+    assert reachable(nn.Sequential(Global())).modules == [GLOBAL]
 
 
 def test_what_holds_itself() -> None:
     holder = Holder(nn.Linear(2, 2))
     holder.own = [holder]  # type: ignore[attr-defined]
-    assert len(reachable_modules(nn.Linear(2, 2), holder)) == 1
+    assert len(reachable(nn.Linear(2, 2), holder).modules) == 1

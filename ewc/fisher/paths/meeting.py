@@ -53,6 +53,7 @@ class PerSampleMode(TorchFunctionMode):
         weights: The effective weights that were met.
         calls: What acts in the calls that no rule takes.
         is_hooked: Whether the model has registered a hook on a tensor without samples.
+        seen: The functions that were called, in order.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], samples: int, assembly: Assembly) -> None:
@@ -61,6 +62,7 @@ class PerSampleMode(TorchFunctionMode):
         self.weights = Weights(parameters)
         self.calls = Calls(samples, self.level)
         self.is_hooked = False
+        self.seen: list[Callable[..., Any]] = []
         self._samples = samples
         self._assembly = assembly
         self._copies: dict[Weight, Tensor] = {}
@@ -152,6 +154,7 @@ class PerSampleMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Perform one call of `func`."""
+        self.seen.append(func)
         kwargs = kwargs or {}
         if kwargs.get("generator") is not None:
             # Seeded in the forward, it gives each sample alone the same numbers; vmap others.

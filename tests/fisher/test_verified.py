@@ -1,0 +1,292 @@
+"""What was verified is not verified again, unless something has changed that it rests on."""
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ewc.fisher.collection as collection
+from ewc import EWC, Classification, Custom, OnlineEWC
+from tests import oracle
+from tests.support.tasks import CLASSES, INPUTS, make_model, make_task, shift
+
+ENVIRONMENT = {"tanh": False}
+"""Read where no search looks: behind a C function."""
+
+
+class Model(nn.Module):
+    """Its behaviour depends on much that may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(INPUTS, 6), nn.Linear(6, CLASSES)
+        self.register_buffer("scale", torch.ones(6))
+        self.config = SimpleNamespace(mixes=False)
+        self.options = {"mixes": False}
+        self.mixes = False
+        self.look = ENVIRONMENT.get
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.scale * self.body(x)
+        if self.mixes or self.config.mixes or self.options["mixes"]:
+            h = h - h.mean(0)
+        h = torch.tanh(h) if self.look("tanh") else torch.relu(h)
+        outputs: Tensor = self.head(h)
+        return outputs
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each verification."""
+    found: list[str] = []
+    original = collection.verify
+
+    def verify(*args: Any) -> Any:
+        found.append("verified")
+        return original(*args)
+
+    monkeypatch.setattr(collection, "verify", verify)
+    return found
+
+
+def make(kind: type[EWC] = EWC, **options: Any) -> tuple[Model, EWC]:
+    model = Model()
+    return model, kind(model, options.pop("likelihood", Classification()), **options)
+
+
+def expected(model: nn.Module, batches: Any) -> dict[str, Tensor]:
+    x, y = (torch.cat(each) for each in zip(*batches, strict=True))
+    model = copy.deepcopy(model).double()
+    found = oracle.squares(
+        model, lambda m, n: oracle.nll(m(x[n : n + 1].double()), y[n : n + 1]), len(x)
+    )
+    return {name: each / len(x) for name, each in found.items()}
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact", "mc"])
+def test_a_second_consolidation_does_not_verify(verified: list[str], fisher_type: Any) -> None:
+    model, regularizer = make(OnlineEWC, decay=0.5, fisher_type=fisher_type)
+    for task in range(3):
+        regularizer.consolidate(make_task(task))
+        shift(model, task)
+    regularizer.consolidate(make_task(3, size=9))  # another number of samples
+    assert len(verified) == 1
+
+
+def test_the_fisher_is_right_without_a_verification(verified: list[str]) -> None:
+    model, regularizer = make(OnlineEWC, decay=0.0, prior_precision=1.0)
+    regularizer.consolidate(make_task(0))
+    shift(model)
+    regularizer.consolidate(make_task(1, size=7))
+    assert len(verified) == 1
+    for name, right in expected(model, make_task(1, size=7)).items():
+        torch.testing.assert_close(regularizer.fisher[name].double(), right, rtol=1e-5, atol=1e-9)
+
+
+def test_what_is_drawn_does_not_depend_on_a_verification() -> None:
+    found = []
+    for consolidations in (1, 2):
+        model, regularizer = make(OnlineEWC, decay=0.0, prior_precision=1.0, fisher_type="mc")
+        for _ in range(consolidations):
+            generator = torch.Generator().manual_seed(1)
+            regularizer.consolidate(make_task(1), generator=generator)
+        found.append(regularizer.fisher)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def add_hook(model: Model) -> None:
+    model.body.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def replace_head(model: Model) -> None:
+    model.head = nn.Linear(6, CLASSES)
+
+
+def use_other_calls(model: Model) -> None:
+    ENVIRONMENT["tanh"] = True
+
+
+def set_forward(model: Model) -> None:
+    body = model.body
+    model.body.forward = lambda x: F.linear(x, body.weight, body.bias)  # type: ignore[method-assign]
+
+
+def share(model: Model) -> None:
+    model.other = model.body
+
+
+def freeze(model: Model) -> None:
+    model.body.bias.requires_grad_(False)
+
+
+def widen(model: Model) -> None:
+    model.scale = model.scale.expand(1, 6)
+
+
+def set_attribute(model: Model) -> None:
+    model.head.anything = "else"
+
+
+CHANGES = [
+    *(add_hook, replace_head, use_other_calls, set_forward, share, freeze, widen, set_attribute)
+]
+
+
+@pytest.mark.filterwarnings("ignore::ewc.ReplacedParameterWarning")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_model_is_verified(
+    verified: list[str], change: Callable[[Model], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "tanh", False)
+    model, regularizer = make()
+    regularizer.consolidate(make_task())
+    change(model)
+    regularizer.consolidate(make_task())
+    assert len(verified) == 2
+    regularizer.consolidate(make_task())
+    assert len(verified) == 2
+
+
+@pytest.mark.parametrize("where", ["attribute", "object", "container"])
+def test_a_model_that_begins_to_mix_samples_is_refused(where: str) -> None:
+    model, regularizer = make()
+    regularizer.consolidate(make_task())
+    if where == "attribute":
+        model.mixes = True
+    elif where == "object":
+        model.config.mixes = True
+    else:
+        model.options["mixes"] = True
+    with pytest.raises(ValueError, match="mixes them"):
+        regularizer.consolidate(make_task())
+
+
+def closing_over(kind: dict[str, bool]) -> Callable[[nn.Module, Any], Tensor]:
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        outputs: Tensor = model(batch[0])
+        return outputs - outputs.mean(0) if kind["mixes"] else outputs
+
+    return forward
+
+
+def test_a_change_in_what_a_forward_closes_over_is_noticed() -> None:
+    kind = {"mixes": False}
+    _, regularizer = make(forward=closing_over(kind))
+    regularizer.consolidate(make_task())
+    kind["mixes"] = True
+    with pytest.raises(ValueError, match="mixes them"):
+        regularizer.consolidate(make_task())
+
+
+def test_a_likelihood_that_begins_to_compare_samples_is_refused() -> None:
+    kind = {"compares": False}
+
+    def nll(outputs: Tensor, targets: Tensor) -> Tensor:
+        values = oracle.nll(outputs, targets)
+        return values - values.mean() if kind["compares"] else values
+
+    _, regularizer = make(likelihood=Custom(nll))
+    regularizer.consolidate(make_task())
+    kind["compares"] = True
+    with pytest.raises(ValueError, match="compare"):
+        regularizer.consolidate(make_task())
+
+
+def test_other_arguments_are_verified(verified: list[str]) -> None:
+    _, regularizer = make()
+    regularizer.consolidate(make_task())
+    regularizer.consolidate(make_task(), likelihood=Classification(allowed_outputs=[0, 1, 2]))
+    regularizer.consolidate(make_task(), forward=lambda model, batch: model(batch[0]))
+    regularizer.consolidate([{"x": x, "labels": y} for x, y in make_task()])
+    with torch.autocast("cpu", torch.bfloat16):
+        regularizer.consolidate(make_task())
+    assert len(verified) == 5
+
+
+def test_equal_arguments_are_not_verified(verified: list[str]) -> None:
+    _, regularizer = make()
+    for _ in range(2):
+        regularizer.consolidate(
+            make_task(),
+            likelihood=Classification(allowed_outputs=[0, 1, 2]),
+            forward=closing_over({"mixes": False}),
+        )
+    assert len(verified) == 1
+
+
+class Reading(nn.Module):
+    """Takes a branch by a value, which no other verification covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(x)
+        return outputs if x.isfinite().all() else outputs * 0
+
+
+class Noisy(Reading):
+    """Draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(x + 0.1 * torch.randn_like(x))
+        return outputs
+
+
+class Zero(Reading):
+    """The gradient of a parameter is zero at first, so that nothing can be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(INPUTS, 2), nn.Linear(2, INPUTS)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.inner(x + self.down(self.up(x)))
+        return outputs
+
+
+@pytest.mark.filterwarnings("ignore::ewc.SlowPathWarning", "ignore::ewc.ZeroFisherWarning")
+@pytest.mark.parametrize("kind", [Reading, Noisy, Zero])
+def test_what_cannot_be_relied_on_is_verified_every_time(
+    verified: list[str], kind: type[nn.Module]
+) -> None:
+    regularizer = EWC(kind(), Classification())
+    for _ in range(2):
+        regularizer.consolidate(make_task())
+    assert len(verified) == 2
+
+
+def test_one_sample_shows_too_little(verified: list[str]) -> None:
+    _, regularizer = make()
+    for _ in range(2):
+        regularizer.consolidate(make_task(size=1))
+    assert len(verified) == 2
+
+
+def test_a_copy_remembers_nothing(verified: list[str]) -> None:
+    _, regularizer = make()
+    regularizer.consolidate(make_task())
+    assert pickle.loads(pickle.dumps(regularizer._verification)).verified is None
+    copy.deepcopy(regularizer).consolidate(make_task())
+    assert len(verified) == 2
+
+
+def test_nothing_of_the_model_is_kept_alive() -> None:
+    model, regularizer = make()
+    regularizer.consolidate(make_task())
+    head = weakref.ref(model.head)
+    replace_head(model)
+    regularizer._binding = None
+    gc.collect()
+    assert head() is None
