@@ -2,7 +2,7 @@
 
 from ewc import EWC, Classification
 
-regularizer = EWC(model, Classification())                    # beside the optimizer
+regularizer = EWC(model, Classification())                    # next to the optimizer
 for loader in tasks:
     for x, y in loader:
         loss = F.cross_entropy(model(x), y) + regularizer()   # every step; 0 before the first
