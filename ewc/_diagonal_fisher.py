@@ -59,7 +59,7 @@ def diagonal_fisher(
         float32, on the parameters' devices, and sharded as the parameters are.
 
     Raises:
-        TypeError: An argument is of the wrong kind.
+        TypeError: An argument has a wrong type.
         ValueError: An argument, the data or the likelihood is invalid, or every entry is zero.
         RuntimeError: The call failed on another process.
 

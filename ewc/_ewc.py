@@ -75,7 +75,7 @@ class EWC(Copied):
             one rank, a process runs over all the data. Shared by `deepcopy`, dropped by pickle.
 
     Raises:
-        TypeError: An argument is of the wrong kind.
+        TypeError: An argument has a wrong type.
         ValueError: An argument is out of range, or there is no parameter to protect.
 
     Example:
@@ -230,7 +230,7 @@ class EWC(Copied):
             A summary of this consolidation, and of the curvature that the penalty has after it.
 
         Raises:
-            TypeError: An argument is of the wrong kind.
+            TypeError: An argument has a wrong type.
             ValueError: An argument, the data or the likelihood is invalid, every entry of the
                 Fisher is zero, or the processes differ in what must be the same.
             RuntimeError: The call failed on another process.

@@ -62,7 +62,7 @@ class OnlineEWC(EWC):
             parameter on. It does not decay, and is multiplied by `strength`.
 
     Raises:
-        TypeError: An argument is of the wrong kind.
+        TypeError: An argument has a wrong type.
         ValueError: An argument is out of range, or does not fit the model.
 
     Warns:

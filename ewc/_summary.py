@@ -50,9 +50,9 @@ class Curvature(NamedTuple):
 class Summary:
     """The report of a consolidation, and the curvature of the penalty after it.
 
-    The curvature is that of the whole penalty of all tasks, before `strength`: the sum of the
-    Fisher information of all tasks, for `OnlineEWC` `decay * F~ + prior_precision`. Gradient
-    descent on the penalty is stable for `lr * strength * largest < 2 * (1 + momentum)`.
+    The curvature is that of the penalty of all tasks, before `strength`. `EWC` sums the Fisher
+    information of all tasks; `OnlineEWC` takes `decay * F~ + prior_precision`. Gradient descent on
+    the penalty is stable for `lr * strength * largest < 2 * (1 + momentum)`.
 
     `print(summary)` and `repr(summary)` give the same text: totals, advice on the strength, a
     `table` of at most 20 rows, and the reasons for slow methods.

@@ -39,7 +39,7 @@ def plot_fisher(ewc: EWC, *, rows: int = ROWS) -> "Figure":
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError: An argument is of the wrong kind.
+        TypeError: An argument has a wrong type.
         ValueError: `rows` is less than 1, or there is nothing to draw.
     """
     pyplot = _pyplot()

@@ -131,7 +131,11 @@ class Sum(Gradient):
 class Outer(Gradient):
     """`grad[n, o, i] = sum_s left[n, s, o] * right[n, s, i]`: a matrix product with shared weight.
 
-    In a stack of matrices this holds for each of them.
+    In a stack of matrices this holds for each of them. With one position, S = 1, the sum of squares
+    is a product of matrices: sum_n (left[n, o] * right[n, i])^2 = sum_n left[n, o]^2 right[n, i]^2.
+
+    Source: Dangel, Kunstner & Hennig, "BackPACK: Packing more into backprop", ICLR 2020, second
+    moments of linear layers.
 
     Args:
         left: `[N, S, O]`, for a linear layer the gradient of its output; or a stack `[N, E, S, O]`.

@@ -28,6 +28,8 @@ class Bernoulli(Pointwise, takes_batches=True):
     p[d] * (1 - p[d]) * (gradient of y[d])^2. It takes one backward pass per output. Targets are
     optional, and are validated.
 
+    Source: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020.
+
     Args:
         allowed_outputs: Indices of outputs in their last dimension. None: all.
         target_transform: A function `transform(targets)` that is applied first to the targets of a

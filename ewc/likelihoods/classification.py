@@ -37,6 +37,8 @@ class Classification(Pointwise, takes_batches=True):
     per position. Targets are then optional: they are validated, and only show which positions
     count.
 
+    Source: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020.
+
     Args:
         allowed_outputs: The head: indices of its outputs, in the order in which targets number
             them. None: all outputs.

@@ -27,6 +27,8 @@ class Regression(Pointwise, takes_batches=True):
     The exact Fisher information is the sum over outputs d of (gradient of y[d])^2 / variance[d]. It
     takes one backward pass per output. Targets are optional, and are validated.
 
+    Source: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020.
+
     Args:
         variance: The variance of the noise, in squared units of the targets, > 0: a number, or a
             tensor that broadcasts to the (allowed) outputs and is the same for all samples.
