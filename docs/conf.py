@@ -33,6 +33,7 @@ nitpicky = True  # a type without a target is a warning
 nitpick_ignore = [
     ("py:class", "ewc.fisher.rules.registry.Handler"),  # a type variable
     # Of `ewc.fisher.collect`, whose defaults serve everyone else.
+    ("py:class", "ewc.fisher.verified.LastVerification"),
     ("py:class", "ewc.model.randomness.Randomness"),
     ("py:class", "ewc.processes.ranks.Ranks"),
 ]
