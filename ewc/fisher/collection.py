@@ -200,10 +200,15 @@ def _methods(
     rests_on: list[Hashable],
     last: LastVerification,
 ) -> Vectorised | str:
-    """The fast methods, or why there are none; verified, unless the last verification holds."""
+    """The fast methods, or why there are none; verified, unless the last verification holds.
+
+    Whether samples are independent depends on values too, and is found out every time.
+    """
     if last.verified is not None and last.holds(rests_on, batch):
         recalled = recall(runner, last.verified, batch.take(0, 1))
         if recalled is not None:
+            if batch.size == 2:
+                check_independence(runner, batch)
             return recalled
     last.verified = None
     methods, may_be_recalled = verify(runner, coordination, batch, sums)

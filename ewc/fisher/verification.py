@@ -68,7 +68,7 @@ def recall(runner: Runner, verified: Verified, batch: Batch) -> Vectorised | Non
     Returns:
         None if it makes other calls, draws random numbers, or fails.
     """
-    vectorised = _comparable(runner, verified.structures)
+    vectorised = _comparable(runner, Structures(in_lockstep=False))
     before = runner.randomness.position, others()
     try:
         runner.record(vectorised, batch, {})

@@ -14,7 +14,6 @@ from torch.overrides import _get_current_function_mode_stack
 
 from ewc._options import FisherType, Method
 from ewc.data.batch import Batch
-from ewc.fisher.paths.structure import Structures
 from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.rules.registry import ALWAYS, DECOMPOSITIONS, RULES
 from ewc.model.reachable import Identity, Reachable, describe_tensor
@@ -31,21 +30,18 @@ class Verified:
         batch: A batch of no samples; those that were verified had its structure and its shapes.
         calls: The functions of PyTorch that the model calls in a run, in order.
         methods: `"rule"` or `"vmap"`, by the name of each parameter that was used.
-        structures: How effective weights depend on the parameters.
     """
 
     basis: list[Hashable]
     batch: Batch
     calls: list[Callable[..., Any]]
     methods: dict[str, Method]
-    structures: Structures
 
     @classmethod
     def of(cls, basis: list[Hashable], batch: Batch, vectorised: Vectorised) -> "Verified":
         """What was verified on a batch."""
         kind = batch.take(0, 0).copied()
-        calls, methods = vectorised.calls, dict(vectorised.methods)
-        return cls(basis, kind, calls, methods, vectorised.structures)
+        return cls(basis, kind, vectorised.calls, dict(vectorised.methods))
 
 
 class LastVerification:

@@ -7,11 +7,21 @@ describes all that it passes, so that a later collection can see what has change
 
 import sys
 import weakref
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from itertools import islice
+from types import (
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
@@ -28,6 +38,9 @@ _LIBRARIES = frozenset({*sys.stdlib_module_names, "builtins", "ewc", "numpy", "t
 
 _OWN = ("ewc.likelihoods", "ewc.integrations")
 """The library's own packages whose objects are followed: they hold functions of the user's."""
+
+_NAMESPACES = (SimpleNamespace, Namespace)
+"""Classes of the standard library that hold attributes of the user's."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 """Values that are described by themselves."""
@@ -90,20 +103,23 @@ def reachable(model: nn.Module, *roots: Any) -> Reachable:
     own = set(map(id, model.modules()))
     found: dict[int, nn.Module] = {}
     description: list[Hashable] = []
-    visited: set[int] = set()
+    visited: dict[int, Any] = {}
     waiting: deque[tuple[Any, int]] = deque((root, 0) for root in roots)
     waiting.extend((each, _STEPS - 2) for each in _of_model(model))
     while waiting and len(visited) < _VISITED:
         value, step = waiting.popleft()
-        description.append(_described(value))
-        if id(value) in visited:
-            continue
-        visited.add(id(value))
-        if isinstance(value, nn.Module):
-            if id(value) not in own:
-                found[id(value)] = value
-        elif step < _STEPS:
-            waiting.extend((each, step + 1) for each in _within(value))
+        try:
+            description.append(_described(value))
+            if id(value) in visited:
+                continue
+            visited[id(value)] = value  # kept, so that no other object gets its identity
+            if isinstance(value, nn.Module):
+                if id(value) not in own:
+                    found[id(value)] = value
+            elif step < _STEPS:
+                waiting.extend((each, step + 1) for each in _within(value))
+        except Exception:  # to look into an object may run code of its class
+            description.append(Identity(value))
     inner = {id(each) for outer in found.values() for each in outer.modules() if each is not outer}
     modules = [module for key, module in found.items() if key not in inner]
     return Reachable(modules, description)
@@ -111,14 +127,19 @@ def reachable(model: nn.Module, *roots: Any) -> Reachable:
 
 def describe_tensor(tensor: Tensor) -> Hashable:
     """All of a tensor but its values."""
-    return (
-        type(tensor),
-        tensor.shape,
-        tensor.dtype,
-        tensor.device,
-        tensor.layout,
-        tensor.requires_grad,
-    )
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            shape: Hashable = tensor.shape
+        except RuntimeError:  # a nested tensor, or a parameter that is not initialised yet
+            shape = None
+        return (
+            type(tensor),
+            shape,
+            tensor.dtype,
+            tensor.device,
+            tensor.layout,
+            tensor.requires_grad,
+        )
 
 
 def _described(value: Any) -> Hashable:
@@ -131,21 +152,18 @@ def _described(value: Any) -> Hashable:
     if isinstance(value, MethodType):
         return value.__func__.__code__ if isinstance(value.__func__, FunctionType) else MethodType
     if isinstance(value, Mapping):
-        return type(value), tuple(key for key in value if isinstance(key, _PLAIN)), len(value)
+        keys = list(islice(value, _VISITED))
+        return type(value), tuple(key for key in keys if isinstance(key, _PLAIN)), len(value)
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return type(value), len(value)
     return Identity(type(value) if _is_followed(value) else value)
 
 
 def _of_model(model: nn.Module) -> Iterator[Any]:
-    kinds: set[type] = set()
     for module in model.modules():
         yield from (value for name, value in vars(module).items() if name not in STANDARD)
-        kinds.update(type(module).__mro__)
-    for kind in kinds:
-        for each in vars(kind).values():
-            if isinstance(each, FunctionType) and not _is_of_library(each):
-                yield each
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        yield from _methods(kind)
 
 
 def _within(value: Any) -> Iterable[Any]:
@@ -157,20 +175,38 @@ def _within(value: Any) -> Iterable[Any]:
     if isinstance(value, partial):
         return (value.func, *value.args, *value.keywords.values())
     if isinstance(value, Mapping):
-        return list(value.values())[:_VISITED]
+        return list(islice(value.values(), _VISITED))
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return list(value)[:_VISITED]
+        return list(islice(value, _VISITED))
     if not _is_followed(value):
         return ()
-    methods = [each for each in vars(type(value)).values() if isinstance(each, FunctionType)]
-    return (*vars(value).values(), *methods)
+    return (*getattr(value, "__dict__", {}).values(), *_slots(value), *_methods(type(value)))
+
+
+def _slots(value: Any) -> Iterator[Any]:
+    for kind in type(value).__mro__:
+        for each in vars(kind).values():
+            if isinstance(each, MemberDescriptorType):
+                with suppress(AttributeError):  # it is not set
+                    yield each.__get__(value)
+
+
+def _methods(kind: type) -> Iterator[FunctionType]:
+    """The methods of a class and of those it inherits from, without those of libraries."""
+    for each in (each for base in kind.__mro__ for each in vars(base).values()):
+        if isinstance(each, FunctionType) and not _is_of_library(each):
+            yield each
 
 
 def _is_followed(value: Any) -> bool:
     """Whether the attributes and methods of an object are followed."""
-    if isinstance(value, (type, ModuleType, Tensor, nn.Module)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (type, ModuleType, Tensor, nn.Module)):
         return False
-    return not _is_of_library(type(value)) or type(value).__module__.startswith(_OWN)
+    return (
+        not _is_of_library(type(value))
+        or type(value).__module__.startswith(_OWN)
+        or isinstance(value, _NAMESPACES)
+    )
 
 
 def _of_function(function: FunctionType) -> Iterator[Any]:

@@ -201,6 +201,107 @@ def test_a_likelihood_that_begins_to_compare_samples_is_refused() -> None:
         regularizer.consolidate(make_task())
 
 
+class Gated(nn.Module):
+    """Mixes samples as much as a value says: a parameter, a buffer or an attribute of a class."""
+
+    share = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(INPUTS, 6), nn.Linear(6, CLASSES)
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.register_buffer("scale", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.body(x)
+        outputs: Tensor = self.head(h - (self.gate + self.scale + self.share) * h.mean(0))
+        return outputs
+
+
+@pytest.mark.parametrize("where", ["gate", "scale", "share"])
+def test_a_value_by_which_a_model_begins_to_mix_samples(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Gated()
+    regularizer = EWC(model, Classification())
+    regularizer.consolidate(make_task())
+    if where == "share":
+        monkeypatch.setattr(Gated, "share", 0.5)
+    else:
+        getattr(model, where).data.fill_(0.5)
+    with pytest.raises(ValueError, match="mixes them"):
+        regularizer.consolidate(make_task())
+
+
+def test_a_value_by_which_a_likelihood_begins_to_compare_samples() -> None:
+    share = torch.zeros(())
+
+    def nll(outputs: Tensor, targets: Tensor) -> Tensor:
+        values = oracle.nll(outputs, targets)
+        return values - share * values.mean()
+
+    _, regularizer = make(likelihood=Custom(nll))
+    regularizer.consolidate(make_task())
+    share.fill_(0.5)
+    with pytest.raises(ValueError, match="compare"):
+        regularizer.consolidate(make_task())
+
+
+def test_a_task_of_one_class_does_not_show_that_classes_are_compared() -> None:
+    def nll(outputs: Tensor, targets: Tensor) -> Tensor:
+        weights = 1 / torch.bincount(targets, minlength=CLASSES)
+        return oracle.nll(outputs, targets) * weights[targets]
+
+    _, regularizer = make(likelihood=Custom(nll))
+    regularizer.consolidate([(x, torch.zeros_like(y)) for x, y in make_task()])
+    with pytest.raises(ValueError, match="compare"):
+        regularizer.consolidate(make_task())
+
+
+def test_other_calls_of_a_likelihood_are_verified(verified: list[str]) -> None:
+    kind = {"tanh": False}
+    look = kind.get  # no search looks behind a C function
+
+    def nll(outputs: Tensor, targets: Tensor) -> Tensor:
+        return oracle.nll(outputs.tanh() if look("tanh") else outputs, targets)
+
+    _, regularizer = make(likelihood=Custom(nll))
+    regularizer.consolidate(make_task())
+    kind["tanh"] = True
+    regularizer.consolidate(make_task())
+    assert len(verified) == 2
+
+
+class Product(nn.Module):
+    """At first, every entry of `inner` reaches one entry of the effective weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Parameter(torch.randn(INPUTS, INPUTS))
+        self.outer, self.head = nn.Parameter(torch.eye(INPUTS)), nn.Linear(INPUTS, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(F.linear(x, self.outer @ self.inner).tanh())
+        return outputs
+
+
+def test_the_structure_of_effective_weights_may_change_with_their_values(
+    verified: list[str],
+) -> None:
+    model = Product()
+    regularizer = OnlineEWC(
+        model, Classification(), decay=0.0, prior_precision=1.0, parameters=["inner"]
+    )
+    regularizer.consolidate(make_task(0))
+    shift(model)
+    regularizer.consolidate(make_task(1))
+    assert len(verified) == 1
+    right = expected(model, make_task(1))["inner"]
+    torch.testing.assert_close(regularizer.fisher["inner"].double(), right, rtol=1e-5, atol=1e-9)
+
+
 def test_other_arguments_are_verified(verified: list[str]) -> None:
     _, regularizer = make()
     regularizer.consolidate(make_task())

@@ -75,11 +75,10 @@ class Vectorised:
     Attributes:
         terms: What is differentiated; another function while the methods are verified.
         samples_dim: As above.
-        structures: As above.
         methods: `"rule"` or `"vmap"`, by the name of each parameter that was used.
         fallback: Why a parameter falls back to the loop, by name.
         reads: Whether the model has read values out of a tensor, to branch on them.
-        calls: The functions of PyTorch that the model has called in the last forward pass.
+        calls: The functions of PyTorch that were called in the last forward pass.
     """
 
     def __init__(
@@ -96,9 +95,9 @@ class Vectorised:
         self.fallback: dict[str, str] = {}
         self.reads = False
         self.calls: list[Callable[..., Any]] = []
-        self.structures = structures
         self._parameters = dict(parameters)
         self._outputs = outputs
+        self._structures = structures
         self._expansion = (
             1.0  # bytes of activations for each byte of inputs, in the last forward pass
         )
@@ -127,7 +126,7 @@ class Vectorised:
             sums: For each parameter, where the reverse pass adds its squares.
         """
         protected = {name: p for name, p in self._parameters.items() if name not in self.fallback}
-        assembly = Assembly(sums, self.structures)
+        assembly = Assembly(sums, self._structures)
         mode = PerSampleMode(protected, batch.size, assembly)
         terms = self._run(batch, mode)
         graph = list(nodes(terms.grad_fn))
@@ -147,7 +146,7 @@ class Vectorised:
         self._expansion = mode.kept_bytes / max(1, batch.nbytes)
         assembly.begin(weights, is_hooked=mode.is_hooked)
         self._written_bytes = mode.copied_bytes
-        if self.structures.in_lockstep:
+        if self._structures.in_lockstep:
             self._written_bytes += assembly.joint_bytes
         return Recorded(assembly, terms.sum(1).unbind(0), found)
 
@@ -159,13 +158,13 @@ class Vectorised:
             try:
                 with mode:
                     outputs, rest = self._outputs(batch.of_one(list(tensors)))
-                self.calls = mode.seen.copy()
                 found: Tensor = mode.calls.current(outputs)
                 if dim is None:
                     with mode:
                         found = self.terms(found, rest, 1)
                 return found
             finally:
+                self.calls = mode.seen.copy()
                 self.reads = self.reads or mode.calls.read
 
         run = torch.func.vmap(run_one, in_dims=tuple(batch.dims), randomness="different")
