@@ -136,3 +136,21 @@ def test_a_state_that_leaves_rows_with_a_prior_free():
     assert ewc().item() == pytest.approx(
         0.5 * (0.5 * ewc.fisher["2.bias"] + 2.0).sum().item(), rel=1e-5
     )
+
+
+def test_a_consolidation_per_batch_gives_a_moving_average():
+    alpha = 0.3
+    model = make_model()
+    average = OnlineEWC(model, Classification(), decay=1 - alpha)
+    expected = {name: torch.zeros_like(each) for name, each in model.named_parameters()}
+    for batch in make_task(batches=5):
+        shift(model)
+        average.consolidate([batch], weight=alpha)
+        alone = EWC(model, Classification())
+        alone.consolidate([batch])
+        for name, each in alone.fisher.items():
+            expected[name] = alpha * each + (1 - alpha) * expected[name]
+    torch.testing.assert_close(average.fisher, expected)
+    regularizer = OnlineEWC(model, Classification(), decay=1 - alpha)
+    regularizer.load_state_dict(average.state_dict())
+    assert same(regularizer.anchor, dict(model.named_parameters()))
