@@ -1,7 +1,8 @@
 """An LSTM over time, forward and back, with as few operations a step as possible.
 
 Autograd would record a dozen small operations a step. Here all that does not depend on the step
-before is done for all steps at once, and five operations a step remain on the way back.
+before is done for several steps at once, as many as stay in the cache, and five operations a step
+remain on the way back.
 
 Index legend: `t` time step, `m` row of the batch, `h` state; gates in PyTorch's order i, f, g, o.
 """
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ewc.fisher.gradients import work_elements
 
 
 class LSTMScan(torch.autograd.Function):
@@ -26,7 +29,7 @@ class LSTMScan(torch.autograd.Function):
     ) -> Any:
         """Run the steps; keep what the way back needs."""
         steps, rows, width = of_inputs.shape[0], of_inputs.shape[1], weight.shape[1]
-        gates = (of_inputs + of_states).contiguous()
+        gates = torch.empty_like(of_inputs, memory_format=torch.contiguous_format)
         cells = gates.new_empty(steps + 1, rows, width)
         squashed = gates.new_empty(steps, rows, width)
         states = gates.new_empty(steps, rows, width)
@@ -34,8 +37,7 @@ class LSTMScan(torch.autograd.Function):
         across = weight.t()
         h = h0
         for t in range(steps):
-            gate = gates[t]
-            gate.addmm_(h, across)
+            gate = torch.add(of_inputs[t], of_states[t], out=gates[t]).addmm_(h, across)
             i, f, g, o = gate.view(rows, 4, width).unbind(1)
             gate[:, : 2 * width].sigmoid_()
             g.tanh_()
@@ -53,26 +55,39 @@ class LSTMScan(torch.autograd.Function):
         gates, cells, squashed, weight = ctx.saved_tensors
         steps, rows, width = squashed.shape
         i, f, g, o = gates.view(steps, rows, 4, width).unbind(2)
-        # What the gradients of cell (i, f, g) and state (o) are multiplied with, at every step.
-        factors = torch.stack(
-            [
-                g * i * (1 - i),
-                cells[:-1] * f * (1 - f),
-                i * (1 - g * g),
-                squashed * o * (1 - o),
-            ],
-            2,
-        )
-        to_cell = o * (1 - squashed * squashed)
-        out = torch.empty_like(factors)
+        out = gates.new_empty(steps, rows, 4, width)
+        block = max(1, min(steps, work_elements(gates) // max(1, rows * 4 * width)))
+        factors = gates.new_empty(block, rows, 4, width)
+        to_cells = gates.new_empty(block, rows, width)
         dc = grad_cell
         dh = grad_states[-1]
-        for t in range(steps - 1, -1, -1):
-            dc = torch.addcmul(dc, dh, to_cell[t])
-            torch.mul(factors[t, :, :3], dc.unsqueeze(1), out=out[t, :, :3])
-            torch.mul(factors[t, :, 3], dh, out=out[t, :, 3])
-            dc = dc * f[t]
-            flat = out[t].view(rows, 4 * width)
-            dh = torch.addmm(grad_states[t - 1], flat, weight) if t else flat @ weight
+        for stop in range(steps, 0, -block):
+            start = max(0, stop - block)
+            these = slice(start, stop)
+            # What the gradients of cell (i, f, g) and state (o) are multiplied with, step by step.
+            of_i, of_f, of_g, of_o = factors[: stop - start].unbind(2)
+            _sigmoid_slope(g[these], i[these], out=of_i)
+            _sigmoid_slope(cells[these], f[these], out=of_f)
+            _tanh_slope(i[these], g[these], out=of_g)
+            _sigmoid_slope(squashed[these], o[these], out=of_o)
+            _tanh_slope(o[these], squashed[these], out=to_cells[: stop - start])
+            for t in range(stop - 1, start - 1, -1):
+                factor = factors[t - start]
+                dc = torch.addcmul(dc, dh, to_cells[t - start])
+                torch.mul(factor[:, :3], dc.unsqueeze(1), out=out[t, :, :3])
+                torch.mul(factor[:, 3], dh, out=out[t, :, 3])
+                dc = dc * f[t]
+                flat = out[t].view(rows, 4 * width)
+                dh = torch.addmm(grad_states[t - 1], flat, weight) if t else flat @ weight
         of_both = out.view(steps, rows, 4 * width)
         return of_both, of_both, None, dh, dc
+
+
+def _sigmoid_slope(factor: Tensor, sigmoid: Tensor, *, out: Tensor) -> None:
+    """`factor * y (1 - y)`, with `y` for the value of a sigmoid."""
+    torch.ops.aten.sigmoid_backward.grad_input(factor, sigmoid, grad_input=out)
+
+
+def _tanh_slope(factor: Tensor, tanh: Tensor, *, out: Tensor) -> None:
+    """`factor * (1 - y^2)`, with `y` for the value of a tanh."""
+    torch.ops.aten.tanh_backward.grad_input(factor, tanh, grad_input=out)
