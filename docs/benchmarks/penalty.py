@@ -132,11 +132,20 @@ def measure(layout: Layout, counts: Sequence[int], rounds: int) -> Timings[str]:
     calls: dict[str, Callable[[], object]] = {}
     first, second, third, out = torch.rand(4, layout.entries).unbind(0)
     calls[LIMIT] = lambda: torch.addcmul(first, second, third, out=out)
-    calls["the same, into newly allocated memory"] = lambda: torch.addcmul(first, second, third)
+    size = layout.entries // layout.tensors
+    pieces = [each.split(size) for each in (first, second, third)]
+    calls["the same, into newly allocated memory"] = lambda: [
+        torch.addcmul(*piece) for piece in zip(*pieces, strict=True)
+    ]
     calls[ALONE] = partial(_value_and_gradient, partial(autograd_alone, parameters), parameters)
     for count, ewc in tasks.protected(counts).items():
         check(ewc(), tasks.plain(count), parameters)
         calls[_title("**ewc**", count)] = partial(_value_and_gradient, ewc, parameters)
+        if count == counts[0]:
+            point = partial(ewc, dict(tasks.model.named_parameters()))
+            calls[f"{_title('**ewc**', count)}, `at=` a point"] = partial(
+                _value_and_gradient, point, parameters
+            )
     for count in counts:
         plain = partial(tasks.plain, count)
         calls[_title("plain autograd", count)] = partial(_value_and_gradient, plain, parameters)
