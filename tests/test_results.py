@@ -116,12 +116,12 @@ class TestProtection:
         model = torch.nn.Linear(2, 1)
         fisher = {"weight": torch.tensor([[1.0, 3.0]])}
         protected = importlib.import_module("_protection").protected
-        ewc = protected(model, Classification(), fisher, 2.0)
-        assert ewc() == 0
+        regularizer = protected(model, Classification(), fisher, 2.0)
+        assert regularizer() == 0
         with torch.no_grad():
             model.weight += 0.5
             model.bias += 7  # is not protected
-        assert ewc().item() == pytest.approx(2 / 2 * (1 + 3) * 0.25)
+        assert regularizer().item() == pytest.approx(2 / 2 * (1 + 3) * 0.25)
 
 
 class TestLanguage:
@@ -234,10 +234,10 @@ class TestLearning:
             ):
                 total[name] += one.square() / len(batches)
         assert len(batches) == 5
-        for name, one in learner.ewc.fisher.items():
+        for name, one in learner.regularizer.fisher.items():
             torch.testing.assert_close(one, total[name])
         largest = max(float(one.max()) for one in total.values())
-        assert learner.ewc.strength == pytest.approx(2.0 / largest)
+        assert learner.regularizer.strength == pytest.approx(2.0 / largest)
 
     def test_the_automatic_strength_is_that_of_the_library(self, learning: ModuleType) -> None:
         (task, *_) = learning.split(0)
@@ -245,7 +245,7 @@ class TestLearning:
         for relative in (True, False):
             learner = learning.Learner(0, 1, learning.Fisher(), "auto", relative=relative)
             learner.consolidate(task)
-            strengths.append(learner.ewc.strength)
+            strengths.append(learner.regularizer.strength)
         assert strengths[0] == strengths[1] > 0
 
     @pytest.mark.parametrize("exact", [True, False])
@@ -257,7 +257,7 @@ class TestLearning:
         learner = learning.Learner(0, 1, learning.Fisher("exact" if exact else "empirical"))
         learner.consolidate(task)
         found = script.one_at_a_time(learner.model, task.train, task.head, exact=exact)
-        for one, other in zip(learner.ewc.fisher.values(), found, strict=True):
+        for one, other in zip(learner.regularizer.fisher.values(), found, strict=True):
             torch.testing.assert_close(one, other)
 
     def test_a_run_that_diverges_has_no_accuracy(self, learning: ModuleType) -> None:

@@ -50,16 +50,16 @@ def distances(seed: int, count: int, entries: int = 50, samples: int = 40) -> di
 
 def _distances(kind: type[EWC], tasks: list[tuple[Tensor, Tensor]], entries: int) -> list[float]:
     model = Diagonal(entries)
-    ewc = kind(model, Regression(), strength=1.0, fisher_type="exact")
+    regularizer = kind(model, Regression(), strength=1.0, fisher_type="exact")
     curvature, moment = torch.zeros(2, entries, dtype=torch.float64)
     found = []
     for x, y in tasks:
-        loss = 0.5 * (model(x) - y).square().sum(1).mean() + ewc()
+        loss = 0.5 * (model(x) - y).square().sum(1).mean() + regularizer()
         (slope,) = torch.autograd.grad(loss, model.theta)
-        pull = ewc.fisher.get("theta", torch.zeros_like(slope))
+        pull = regularizer.fisher.get("theta", torch.zeros_like(slope))
         with torch.no_grad():
             model.theta -= slope / (x.square().mean(0) + pull)
-        ewc.consolidate([(x, y)])
+        regularizer.consolidate([(x, y)])
         curvature, moment = curvature + x.square().mean(0), moment + (x * y).mean(0)
         joint = moment / curvature
         found.append(float((model.theta.detach() - joint).norm() / joint.norm()))

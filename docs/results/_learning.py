@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from _data import Part, mnist
+from _study import Strength
 from torch import Tensor, nn
 
 from ewc import EWC, Classification, Custom, Likelihood, OnlineEWC
@@ -53,7 +54,9 @@ def split(seed: int, samples: int = 10_000, noise: float = 0.0) -> list[Task]:
 
 
 @lru_cache(maxsize=12)  # a seed's tasks are the same for every contender
-def permuted(count: int, seed: int, samples: int = 5_000, scored: int = 1_000) -> list[Task]:
+def permuted(
+    count: int, seed: int, samples: int = 5_000, scored: int = 1_000, side: int = SIDE
+) -> list[Task]:
     """Permuted MNIST: all ten digits in every task, the pixels in another order in each.
 
     Args:
@@ -61,13 +64,14 @@ def permuted(count: int, seed: int, samples: int = 5_000, scored: int = 1_000) -
         seed: Of the orders and of what is drawn.
         samples: Training images per task.
         scored: Images to validate and to test by, per task.
+        side: Of the images, in pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     tasks = []
     for _ in range(count):
-        order = torch.randperm(SIDE**2, generator=generator)
+        order = torch.randperm(side**2, generator=generator)
         parts = []
-        for part, most in zip(mnist(SIDE), (samples, scored, scored), strict=True):
+        for part, most in zip(mnist(side), (samples, scored, scored), strict=True):
             drawn = part.where(torch.randperm(len(part.y), generator=generator)[:most])
             parts.append(Part(drawn.x[:, order], drawn.y))
         tasks.append(Task(*parts, list(range(10))))
@@ -137,25 +141,27 @@ class Learner:
         optimizer: From parameters to an optimizer, a new one for each task.
         hidden: The width of both hidden layers.
         batch: Samples per step.
+        side: Of the images, in pixels.
     """
 
     seed: int
     steps: int
     fisher: Fisher | None = None
-    strength: float | Literal["auto"] = "auto"
+    strength: Strength = "auto"
     relative: bool = False
     decay: float | None = None
     prior: float = 0.0
     optimizer: Optimizer = adam
     hidden: int = 100
     batch: int = 64
-    ewc: EWC | None = field(init=False, default=None)
+    side: int = SIDE
+    regularizer: EWC | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.seed)
         width = self.hidden
         self.model = nn.Sequential(
-            *(nn.Linear(SIDE**2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()),
+            *(nn.Linear(self.side**2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()),
             nn.Linear(width, 10),
         )
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -167,10 +173,10 @@ class Learner:
             }
             likelihood = self.fisher.likelihood(range(10))
             if self.decay is None:
-                self.ewc = EWC(self.model, likelihood, **options)
+                self.regularizer = EWC(self.model, likelihood, **options)
             else:
                 options |= {"decay": self.decay, "prior_precision": self.prior}
-                self.ewc = OnlineEWC(self.model, likelihood, **options)
+                self.regularizer = OnlineEWC(self.model, likelihood, **options)
 
     @property
     def _plain(self) -> bool:
@@ -185,8 +191,8 @@ class Learner:
             chosen = torch.randint(len(task.train.y), (self.batch,), generator=self.generator)
             x, y = task.train.where(chosen)
             loss = F.cross_entropy(self.model(x)[:, task.head], y)
-            if self.ewc is not None:
-                loss = loss + self.ewc()
+            if self.regularizer is not None:
+                loss = loss + self.regularizer()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -199,13 +205,13 @@ class Learner:
 
     def consolidate(self, task: Task) -> None:
         """Protect a task."""
-        if self.ewc is None or self.fisher is None:
+        if self.regularizer is None or self.fisher is None:
             return
-        summary = self.ewc.consolidate(
+        summary = self.regularizer.consolidate(
             self.fisher.batches(task.train), likelihood=self.fisher.likelihood(task.head)
         )
         if not self._plain:
-            self.ewc.strength = self.strength / summary.largest
+            self.regularizer.strength = self.strength / summary.largest
 
     @torch.no_grad()
     def accuracy(self, part: Part, head: Sequence[int]) -> float:
@@ -234,7 +240,9 @@ class Learner:
             after.append(round(sum(scores) / len(scores), 5))
             learned.append(round(scores[-1], 5))
             self.consolidate(task)
-            strengths.append(0.0 if self.ewc is None else float(f"{self.ewc.strength:.4g}"))
+            strengths.append(
+                0.0 if self.regularizer is None else float(f"{self.regularizer.strength:.4g}")
+            )
         validation = [self.accuracy(one.validation, one.head) for one in tasks]
         return {
             "validation": round(sum(validation) / len(tasks), 5),

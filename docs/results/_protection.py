@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from _study import Strength
 from torch import Tensor, nn
 
 from ewc import EWC, Likelihood
 
 
 def protected(
-    model: nn.Module, likelihood: Likelihood, fisher: Mapping[str, Tensor], strength: float
+    model: nn.Module, likelihood: Likelihood, fisher: Mapping[str, Tensor], strength: Strength
 ) -> EWC:
     """One that protects the model's present parameters, as if they were one task's solution.
 
@@ -18,10 +19,10 @@ def protected(
         model: The model.
         likelihood: Of later consolidations.
         fisher: By name, for every parameter that is protected.
-        strength: lambda.
+        strength: lambda, or `"auto"`.
     """
-    ewc = EWC(model, likelihood, strength=strength, parameters=list(fisher))
-    state = ewc.state_dict()  # a template: zero Fisher, present parameters as anchor
+    regularizer = EWC(model, likelihood, strength=strength, parameters=list(fisher))
+    state = regularizer.state_dict()  # a template: zero Fisher, present parameters as anchor
     rows = dict.fromkeys(fisher, 0)
-    ewc.load_state_dict({**state, "n_tasks": 1, "fisher": dict(fisher), "free_rows": rows})
-    return ewc
+    regularizer.load_state_dict({**state, "n_tasks": 1, "fisher": dict(fisher), "free_rows": rows})
+    return regularizer

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,8 +30,10 @@ __all__ = ["interleave", "number", "table"]  # of the benchmarks, for the script
 Run = dict[str, Any]
 SEEDS = tuple(range(10))
 """Of what is reported."""
-TUNING_SEEDS = (100, 101, 102)
+TUNING_SEEDS = (100, 101, 102, 103, 104)
 """Of what strengths are chosen by: other networks, other batches, and never the test data."""
+Strength = float | Literal["auto"]
+"""A number, or the rule of `EWC`."""
 
 
 class Store:
@@ -119,6 +121,25 @@ def tuned(
     for seed in seeds:
         store.run(lambda s=seed: run(best, s), **key, strength=best, seed=seed)
     return best
+
+
+def automatic(
+    store: Store,
+    run: Callable[[Literal["auto"], int], Mapping[str, Any]],
+    *,
+    seeds: Sequence[int] = SEEDS,
+    **key: Any,
+) -> None:
+    """Run a contender with `strength="auto"`, which needs no choice, on the seeds of the report.
+
+    Args:
+        store: Where the runs are kept, with "auto" as their `scale`.
+        run: From a strength and a seed to a run.
+        seeds: Of the report.
+        **key: What the contender is called.
+    """
+    for seed in seeds:
+        store.run(lambda s=seed: run("auto", s), **{**key, "scale": "auto"}, seed=seed)
 
 
 def swept(store: Store, **key: Any) -> dict[float, float]:

@@ -18,7 +18,7 @@ from _data import Part, mnist
 from _intervals import estimate, paired
 from _learning import FAR, SIDE
 from _protection import protected
-from _study import SEEDS, TUNING_SEEDS, Store, Study, chosen, table, tuned
+from _study import SEEDS, TUNING_SEEDS, Store, Strength, Study, automatic, chosen, table, tuned
 from torch import Tensor, nn
 
 from ewc import Classification, Custom, FisherType, Likelihood, diagonal_fisher
@@ -29,9 +29,9 @@ SCORED = 100  # images per class to validate and to test by
 FISHER_BATCH = 128
 CLIP = 1e-4
 """`fishermax` and `omegamax` of the published code."""
-GRID = (0.2, 2.0, 10.0, 50.0)
+GRID = (0.02, 0.2, 2.0, 10.0, 50.0)
 """SGD's limit is 2 (1 + MOMENTUM) / LR = 76."""
-L2_GRID = (1e-3, 0.01, 0.1, 1.0)
+L2_GRID = (1e-4, 1e-3, 0.01, 0.1, 1.0)
 SETTINGS = {
     "MLP, 5 tasks": ("MLP", 5),
     "MLP, 10 tasks": ("MLP", 10),
@@ -57,6 +57,8 @@ IMPORTANCES: dict[str, Importance] = {
     "EWC-DR, as published": Importance(reversed_logits=True, batch=FISHER_BATCH, clip=CLIP),
     "PyCIL's EWC": Importance(batch=FISHER_BATCH, clip=CLIP),
 }
+AUTO = ("Fisher, empirical", "Fisher, exact")
+"""What is also run with `strength="auto"`."""
 
 
 class Task(NamedTuple):
@@ -111,6 +113,10 @@ def likelihood(importance: Importance, known: int) -> Likelihood:
     return Custom(nll)
 
 
+class _DivergedError(Exception):
+    """The parameters are on their way to infinity."""
+
+
 @dataclass
 class Learner:
     """A network that learns tasks in turn.
@@ -120,14 +126,14 @@ class Learner:
         seed: Of the initial parameters and of the batches.
         steps: For each task.
         name: The importance; `NONE` and `L2` are none.
-        k: strength = k / largest entry.
+        k: strength = k / largest entry; or `"auto"`.
     """
 
     kind: str
     seed: int
     steps: int
     name: str = NONE
-    k: float = 0.0
+    k: Strength = 0.0
 
     def sequence(self, tasks: list[Task]) -> dict[str, Any]:
         """Learn all tasks.
@@ -137,6 +143,12 @@ class Learner:
             over tasks of the accuracy over the classes so far; `last`: that of the last task alone.
             A run that diverges has accuracy 0.
         """
+        try:
+            return self._sequence(tasks)
+        except _DivergedError:
+            return dict.fromkeys(("validation", "test", "average", "last"), 0.0)
+
+    def _sequence(self, tasks: list[Task]) -> dict[str, Any]:
         torch.manual_seed(self.seed)
         model = network(self.kind, 2 * len(tasks))
         generator = torch.Generator().manual_seed(self.seed)
@@ -154,19 +166,23 @@ class Learner:
                 loss.backward()
                 optimizer.step()
             if not all(float(one.detach().abs().max()) < FAR for one in model.parameters()):
-                return dict.fromkeys(("validation", "test", "average", "last"), 0.0)
+                raise _DivergedError
             after.append(_accuracy(model, [one.test for one in tasks[: index + 1]]))
             if self.name != NONE:
                 for name, one in self._importance(model, task).items():
                     total[name] = total.get(name, 0) + one
-                largest = max(float(one.max()) for one in total.values())
-                penalty = protected(model, Classification(), total, self.k / largest)
+                penalty = protected(model, Classification(), total, self._strength(total))
         return {
             "validation": _accuracy(model, [one.validation for one in tasks]),
             "test": after[-1],
             "average": round(sum(after) / len(after), 5),
             "last": _accuracy(model, [tasks[-1].test], 2 * len(tasks)),
         }
+
+    def _strength(self, total: Mapping[str, Tensor]) -> Strength:
+        if self.k == "auto":
+            return "auto"
+        return self.k / max(float(one.max()) for one in total.values())
 
     def _importance(self, model: nn.Module, task: Task) -> Mapping[str, Tensor]:
         if self.name == L2:
@@ -185,13 +201,18 @@ class Learner:
             def forward(model: nn.Module, batch: Any) -> Tensor:
                 return model(batch[0].flatten(0, 1)).unflatten(0, batch[0].shape[:2])
 
-        found = diagonal_fisher(
-            model,
-            zip(x.split(256), y.split(256), strict=True),
-            likelihood(importance, known),
-            fisher_type=importance.fisher_type,
-            forward=forward,
-        )
+        try:
+            found = diagonal_fisher(
+                model,
+                zip(x.split(256), y.split(256), strict=True),
+                likelihood(importance, known),
+                fisher_type=importance.fisher_type,
+                forward=forward,
+            )
+        except (
+            ValueError
+        ) as error:  # all entries are 0: the logits are so large that softmax is 0 or 1
+            raise _DivergedError from error
         if importance.clip is None:
             return found
         return {name: one.clamp_max(importance.clip) for name, one in found.items()}
@@ -221,13 +242,17 @@ def run(store: Store, quick: bool) -> None:
             )
         for name in (L2, *IMPORTANCES):
 
-            def one(k: float, seed: int, name: str = name, kind: str = kind, n: int = count) -> Any:
+            def one(
+                k: Strength, seed: int, name: str = name, kind: str = kind, n: int = count
+            ) -> Any:
                 return Learner(kind, seed, steps, name, k).sequence(tasks(n, seed))
 
             grid = L2_GRID if name == L2 else GRID
             grid = grid[:1] if quick else grid
             options = {"seeds": seeds, "tuning_seeds": TUNING_SEEDS[: 1 if quick else 3]}
             tuned(store, grid, one, **options, setting=setting, importance=name)
+            if name in AUTO:
+                automatic(store, one, seeds=seeds, setting=setting, importance=name)
 
 
 def tables(store: Store) -> dict[str, str]:

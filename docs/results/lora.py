@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from _data import Part, mnist
 from _intervals import estimate, paired
 from _learning import SIDE, Fisher, Task
-from _study import SEEDS, TUNING_SEEDS, Store, Study, chosen, table, tuned
+from _study import SEEDS, TUNING_SEEDS, Store, Strength, Study, automatic, chosen, table, tuned
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -105,7 +105,7 @@ def base_of(kind: str, seed: int, steps: int) -> nn.Module:
     return model
 
 
-def adapt(kind: str, method: str, k: float, seed: int, steps: int) -> dict[str, Any]:
+def adapt(kind: str, method: str, k: Strength, seed: int, steps: int) -> dict[str, Any]:
     """Learn the tasks after the first with LoRA; accuracies on all three after the last."""
     learned = tasks(kind, seed)
     merged = copy.deepcopy(base_of(kind, seed, steps))
@@ -113,15 +113,15 @@ def adapt(kind: str, method: str, k: float, seed: int, steps: int) -> dict[str, 
     model = Adapted(copy.deepcopy(merged))
     in_weights = method != "EWC of the adapter"
     protected = merged if in_weights else model
-    ewc = EWC(
+    regularizer = EWC(
         protected,
         Classification(),
-        strength=0.0,
+        strength="auto" if k == "auto" else 0.0,
         parameters=matrices(merged) if in_weights else None,
     )
 
     def penalty() -> Tensor:
-        return ewc(at=model.weights()) if in_weights else ewc()
+        return regularizer(at=model.weights()) if in_weights else regularizer()
 
     for index, task in enumerate(learned):
         if index > 0:
@@ -130,10 +130,11 @@ def adapt(kind: str, method: str, k: float, seed: int, steps: int) -> dict[str, 
             continue  # the adapter is all zeros before it has learned a task
         merged.load_state_dict(model.weights(), strict=False)
         fisher = METHODS[method]
-        summary = ewc.consolidate(
+        summary = regularizer.consolidate(
             fisher.batches(task.train), likelihood=fisher.likelihood(task.head)
         )
-        ewc.strength = k / summary.largest
+        if k != "auto":
+            regularizer.strength = k / summary.largest
     each = [_accuracy(model, one.test, one.head) for one in learned]
     validation = [_accuracy(model, one.validation, one.head) for one in learned]
     return {
@@ -156,15 +157,13 @@ def run(store: Store, quick: bool) -> None:
             key = {"kind": kind, "method": NONE, "seed": seed}
             store.run(lambda i=kind, s=seed: adapt(i, NONE, 0.0, s, steps), **key)
         for method in METHODS:
-            tuned(
-                store,
-                grid,
-                lambda k, s, i=kind, m=method: adapt(i, m, k, s, steps),
-                seeds=seeds,
-                tuning_seeds=TUNING_SEEDS[:2],
-                kind=kind,
-                method=method,
-            )
+
+            def one(k: Strength, seed: int, kind: str = kind, method: str = method) -> Any:
+                return adapt(kind, method, k, seed, steps)
+
+            name = {"kind": kind, "method": method}
+            tuned(store, grid, one, seeds=seeds, tuning_seeds=TUNING_SEEDS[:2], **name)
+            automatic(store, one, seeds=seeds, **name)
 
 
 def tables(store: Store) -> dict[str, str]:

@@ -14,7 +14,7 @@ import torch
 from _data import Part
 from _intervals import estimate, paired
 from _learning import Fisher, Learner, Task, split
-from _study import SEEDS, TUNING_SEEDS, Store, Study, chosen, table, tuned
+from _study import SEEDS, TUNING_SEEDS, Store, Strength, Study, automatic, chosen, table, tuned
 
 GRID = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 MEMORIES = (0, 10)
@@ -75,19 +75,17 @@ def run(store: Store, quick: bool) -> None:
         return Rehearser(seed, steps, **options).sequence(tasks(seed))
 
     for memory in MEMORIES:
+
+        def protected(k: Strength, seed: int, memory: int = memory) -> Mapping[str, Any]:
+            return learner(seed, memory=memory, fisher=fisher, strength=k, relative=True)
+
         for seed in seeds:
             store.run(
                 lambda s=seed, m=memory: learner(s, memory=m), ewc=False, memory=memory, seed=seed
             )
-        tuned(
-            store,
-            grid,
-            lambda k, s, m=memory: learner(s, memory=m, fisher=fisher, strength=k, relative=True),
-            seeds=seeds,
-            tuning_seeds=TUNING_SEEDS[:2],
-            ewc=True,
-            memory=memory,
-        )
+        key = {"ewc": True, "memory": memory}
+        tuned(store, grid, protected, seeds=seeds, tuning_seeds=TUNING_SEEDS[:2], **key)
+        automatic(store, protected, seeds=seeds, **key)
     for seed in seeds:
         store.run(lambda s=seed: Learner(s, steps).joint(tasks(s)), ewc="joint", seed=seed)
 

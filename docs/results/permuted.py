@@ -15,7 +15,19 @@ from typing import Any
 from _closed_form import WAYS, distances
 from _intervals import estimate, paired
 from _learning import Fisher, Learner, Optimizer, adam, permuted, sgd
-from _study import IMAGES, SEEDS, TUNING_SEEDS, Store, Study, chosen, swept, table, tuned
+from _study import (
+    IMAGES,
+    SEEDS,
+    TUNING_SEEDS,
+    Store,
+    Strength,
+    Study,
+    automatic,
+    chosen,
+    swept,
+    table,
+    tuned,
+)
 
 BATCH = 64
 TASKS = 10
@@ -55,10 +67,11 @@ METHODS: dict[str, Method] = {
     f"{EWC}, Adam": Method(Fisher(), ADAM, optimizer=adam),
     f"{ONLINE}, Adam": Method(Fisher(), ADAM, decay=1.0, optimizer=adam),
 }
-AUTO = (EWC, f"{EWC}, Adam")
+AUTO = (EWC, ONLINE, f"{EWC}, Adam", f"{ONLINE}, Adam")
+"""What is also run with `strength="auto"`."""
 
 
-def learner(name: str, strength: Any, seed: int, quick: bool) -> Learner:
+def learner(name: str, strength: Strength, seed: int, quick: bool) -> Learner:
     """A network and what protects it."""
     method = METHODS[name]
     return Learner(
@@ -75,7 +88,7 @@ def learner(name: str, strength: Any, seed: int, quick: bool) -> Learner:
     )
 
 
-def sequence(name: str, strength: Any, seed: int, quick: bool) -> dict[str, Any]:
+def sequence(name: str, strength: Strength, seed: int, quick: bool) -> dict[str, Any]:
     """Learn the ten tasks."""
     tasks = permuted(3, seed, 500, 200) if quick else permuted(TASKS, seed)
     if name == JOINT:
@@ -104,11 +117,7 @@ def run(store: Store, quick: bool) -> None:
                 **key(name),
             )
     for name in AUTO:
-        for seed in seeds:
-            store.run(
-                lambda n=name, s=seed: sequence(n, "auto", s, quick),
-                **{"method": name, "scale": "auto", "seed": seed},
-            )
+        automatic(store, lambda k, s, n=name: sequence(n, k, s, quick), seeds=seeds, **key(name))
 
 
 def two_tasks(seed: int, quick: bool) -> dict[str, Any]:

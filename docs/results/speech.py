@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from _data import Spoken, vowels
 from _intervals import estimate, paired
 from _protection import protected
-from _study import SEEDS, TUNING_SEEDS, Store, Study, chosen, table, tuned
+from _study import SEEDS, TUNING_SEEDS, Store, Strength, Study, automatic, chosen, table, tuned
 from torch import Tensor, nn
 
 from ewc import EWC, Classification, TimeSeries
@@ -96,10 +96,10 @@ class Learner:
         seed: Of the initial parameters and of the batches.
         steps: For each task.
         fisher: `fisher_type`, `"L2"`, or None for plain fine-tuning.
-        k: strength = k / largest entry, after each task.
+        k: strength = k / largest entry, after each task; or `"auto"`.
     """
 
-    def __init__(self, seed: int, steps: int, fisher: str | None = None, k: float = 0.0) -> None:
+    def __init__(self, seed: int, steps: int, fisher: str | None = None, k: Strength = 0.0) -> None:
         torch.manual_seed(seed)
         self.model = Listener()
         self.generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,8 @@ class Learner:
         self.penalty: Callable[[], Tensor | float] = float
         if fisher in FISHERS:
             likelihood = TimeSeries(Classification(), batch_first=True)
-            self.penalty = EWC(self.model, likelihood, strength=0.0, fisher_type=fisher)
+            strength: Strength = "auto" if k == "auto" else 0.0
+            self.penalty = EWC(self.model, likelihood, strength=strength, fisher_type=fisher)
 
     def learn(self, *tasks: Task) -> None:
         """Train on a task, or on several jointly."""
@@ -128,7 +129,8 @@ class Learner:
         if isinstance(self.penalty, EWC) and self.fisher != "L2":
             head = TimeSeries(Classification(allowed_outputs=task.head), batch_first=True)
             summary = self.penalty.consolidate([tuple(task.train)], likelihood=head)
-            self.penalty.strength = self.k / summary.largest
+            if self.k != "auto":
+                self.penalty.strength = self.k / summary.largest
         elif self.fisher == "L2":
             ones = {name: torch.ones_like(one) for name, one in self.model.named_parameters()}
             self.penalty = protected(self.model, Classification(), ones, self.k)
@@ -172,13 +174,15 @@ def run(store: Store, quick: bool) -> None:
         store.run(lambda s=seed: Learner(s, steps).joint(tasks(s)), method="joint", seed=seed)
     for name in NAMES:
 
-        def learner(k: float, seed: int, name: str = name) -> Mapping[str, Any]:
+        def learner(k: Strength, seed: int, name: str = name) -> Mapping[str, Any]:
             return Learner(seed, steps, name, k).sequence(tasks(seed))
 
         grid = L2_GRID if name == "L2" else GRID
         grid = grid[:1] if quick else grid
         options = {"seeds": seeds, "tuning_seeds": TUNING_SEEDS[:2]}
         tuned(store, grid, learner, **options, method=name)
+        if name in FISHERS:
+            automatic(store, learner, seeds=seeds, method=name)
 
 
 def tables(store: Store) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 Five tasks of two digits; 196-100-100-10; Adam 1e-3, 400 steps of 64 images per task; one quadratic
 around the latest parameters (`OnlineEWC`), as in the paper. Every Fisher has the strength that is
-best by validation, out of the same powers of ten.
+best by validation, out of the same powers of ten. All labels are right, or 20 % of the training
+labels are wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from _study import (
     SEEDS,
     TUNING_SEEDS,
     Store,
+    Strength,
     Study,
+    automatic,
     chosen,
     interleave,
     number,
@@ -41,38 +44,65 @@ FISHERS: dict[str, Fisher] = {
     "exact, 500 samples": Fisher("exact", max_samples=500),
 }
 NONE, JOINT = "none", "joint training"
+DEFAULT = "empirical"
 GRID = tuple(10.0**power for power in range(1, 9))
+RELATIVE_GRID = (1.0, 10.0, 100.0, 1000.0)
+"""k of strength = k / largest entry."""
+CLEAN, NOISY = 0.0, 0.2
+"""The share of wrong labels in the training data. Validation and test labels are right."""
 
 
-def sequence(fisher: str, strength: float, seed: int, quick: bool) -> dict[str, Any]:
+def sequence(
+    fisher: str, strength: Strength, seed: int, noise: float, quick: bool, *, relative: bool = False
+) -> dict[str, Any]:
     """Learn the five tasks."""
-    tasks = split(seed, samples=600 if quick else 10_000)
+    tasks = split(seed, samples=600 if quick else 10_000, noise=noise)
     steps = 5 if quick else 400
-    learner = Learner(seed, steps, FISHERS.get(fisher), strength=strength, decay=1.0)
+    learner = Learner(seed, steps, FISHERS.get(fisher), strength, relative, decay=1.0)
     return learner.joint(tasks) if fisher == JOINT else learner.sequence(tasks)
 
 
 def run(store: Store, quick: bool) -> None:
     """All runs."""
-    seeds, tuning = (SEEDS[:1], TUNING_SEEDS[:1]) if quick else (SEEDS, TUNING_SEEDS[:2])
+    for noise in (CLEAN, NOISY):
+        _run(store, noise, quick)
+    store.run(lambda: seconds(quick), kind="seconds", seed=0)
+
+
+def _run(store: Store, noise: float, quick: bool) -> None:
+    """All runs with this share of wrong labels."""
+    seeds, tuning = (SEEDS[:1], TUNING_SEEDS[:1]) if quick else (SEEDS, TUNING_SEEDS)
+
+    def one(name: str, strength: Strength, seed: int) -> dict[str, Any]:
+        return sequence(name, strength, seed, noise, quick)
+
     for name in (NONE, JOINT):
         for seed in seeds:
-            store.run(lambda n=name, s=seed: sequence(n, 0.0, s, quick), **key(name), seed=seed)
+            store.run(lambda n=name, s=seed: one(n, 0.0, s), **key(name, noise), seed=seed)
     for name in FISHERS:
         tuned(
             store,
             GRID[:2] if quick else GRID,
-            lambda strength, s, n=name: sequence(n, strength, s, quick),
+            lambda strength, s, n=name: one(n, strength, s),
             seeds=seeds,
             tuning_seeds=tuning,
-            **key(name),
+            **key(name, noise),
         )
-    store.run(lambda: seconds(quick), kind="seconds", seed=0)
+    tuned(
+        store,
+        RELATIVE_GRID[:2] if quick else RELATIVE_GRID,
+        lambda k, s: sequence(DEFAULT, k, s, noise, quick, relative=True),
+        seeds=seeds,
+        tuning_seeds=tuning,
+        **key(DEFAULT, noise, "largest"),
+    )
+    for name in FISHERS:
+        automatic(store, lambda k, s, n=name: one(n, k, s), seeds=seeds, **key(name, noise))
 
 
-def key(name: str) -> dict[str, str]:
-    """The fields of a contender's runs."""
-    return {"fisher": name, "scale": "fixed" if name in FISHERS else "none"}
+def key(name: str, noise: float, scale: str = "fixed") -> dict[str, Any]:
+    """The fields of a contender's runs; `scale` is "largest" if strengths are k / largest entry."""
+    return {"fisher": name, "scale": scale if name in FISHERS else "none", "noise": noise}
 
 
 def one_at_a_time(model: nn.Module, part: Part, head: list[int], *, exact: bool) -> list[Tensor]:
@@ -130,16 +160,16 @@ def _processor_time(timed: Callable[[], object], repeats: int) -> float:
     return time.process_time() - start
 
 
-def accuracies(store: Store) -> str:
+def accuracies(store: Store, noise: float) -> str:
     """Each Fisher at its best strength."""
-    reference = store.values("test", **key("exact"))
+    reference = store.values("test", **key("exact", noise))
     rows = []
     for name in (NONE, *FISHERS, JOINT):
-        values = store.values("test", **key(name))
+        values = store.values("test", **key(name, noise))
         rows.append(
             [
                 name,
-                _power(chosen(store, **key(name))) if name in FISHERS else "-",
+                _power(chosen(store, **key(name, noise))) if name in FISHERS else "-",
                 estimate(values).text(),
                 "-" if name == "exact" else paired(values, reference).text(sign=True),
                 f"{100 * min(values):.1f}",
@@ -148,12 +178,12 @@ def accuracies(store: Store) -> str:
     return table(["Fisher", "best strength", "accuracy, %", "minus exact", "worst seed"], rows)
 
 
-def sweep(store: Store) -> str:
+def sweep(store: Store, noise: float) -> str:
     """Validation accuracy over strength."""
     rows = []
     for name in FISHERS:
-        scores = swept(store, **key(name))
-        best = chosen(store, **key(name))
+        scores = swept(store, **key(name, noise))
+        best = chosen(store, **key(name, noise))
         cells = {strength: f"{100 * score:.1f}" for strength, score in scores.items()}
         cells[best] = f"**{cells[best]}**"
         rows.append([name, *cells.values()])
@@ -187,9 +217,11 @@ def times(store: Store) -> str:
 def tables(store: Store) -> Mapping[str, str]:
     """What the page shows."""
     return {
-        "accuracy": accuracies(store),
+        "accuracy": accuracies(store, CLEAN),
+        "noise": accuracies(store, NOISY),
         "seconds": times(store),
-        "sweep": sweep(store),
+        "sweep": sweep(store, CLEAN),
+        "noise sweep": sweep(store, NOISY),
     }
 
 
@@ -201,10 +233,10 @@ def draw(store: Store) -> None:
     axis = figure.subplots()
     colours = (BLUE, GREEN, VERMILION, ORANGE, "black")
     for name, colour, mark in zip(FISHERS, colours, "os^Dv", strict=True):
-        scores = swept(store, **key(name))
+        scores = swept(store, **key(name, CLEAN))
         percent = [100 * score for score in scores.values()]
         axis.semilogx([*scores], percent, color=colour, marker=mark, label=name)
-    none = 100 * estimate(store.values("test", **key(NONE))).mean
+    none = 100 * estimate(store.values("test", **key(NONE, CLEAN))).mean
     axis.axhline(none, color=GREY, linestyle="--", label=f"{NONE} (test data)")
     axis.set(xlabel="strength", ylabel="accuracy over five tasks, %")
     axis.legend(frameon=False)
