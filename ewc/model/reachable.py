@@ -33,6 +33,9 @@ _STEPS = 5
 _VISITED = 5000
 """The number of objects after which the search ends."""
 
+_LARGE = 100
+"""What is in a container with more items is searched last."""
+
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "builtins", "ewc", "numpy", "torch"})
 """Packages whose functions use no modules but those that they are given."""
 
@@ -106,8 +109,9 @@ def reachable(model: nn.Module, *roots: Any) -> Reachable:
     visited: dict[int, Any] = {}
     waiting: deque[tuple[Any, int]] = deque((root, 0) for root in roots)
     waiting.extend((each, _STEPS - 2) for each in _of_model(model))
-    while waiting and len(visited) < _VISITED:
-        value, step = waiting.popleft()
+    in_large: deque[tuple[Any, int]] = deque()  # a vocabulary must not end the search for others
+    while (waiting or in_large) and len(visited) < _VISITED:
+        value, step = (waiting or in_large).popleft()
         try:
             description.append(_described(value))
             if id(value) in visited:
@@ -117,7 +121,11 @@ def reachable(model: nn.Module, *roots: Any) -> Reachable:
                 if id(value) not in own:
                     found[id(value)] = value
             elif step < _STEPS:
-                waiting.extend((each, step + 1) for each in _within(value))
+                inside = [(each, step + 1) for each in _within(value)]
+                if len(inside) <= _LARGE:
+                    waiting.extend(inside)
+                elif len(in_large) < _VISITED:
+                    in_large.extend(inside)
         except Exception:  # to look into an object may run code of its class
             description.append(Identity(value))
     inner = {id(each) for outer in found.values() for each in outer.modules() if each is not outer}

@@ -141,6 +141,16 @@ def test_what_holds_itself() -> None:
     assert len(reachable(nn.Linear(2, 2), holder).modules) == 1
 
 
+def test_a_vocabulary_does_not_hide_others() -> None:
+    model, other, shown = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    model.vocabulary = {str(each): each for each in range(10_000, 20_000)}
+    model.documents = [list(range(each, each + 1000)) for each in range(0, 1_000_000, 1000)]
+    model.many = [*map(str, range(1000)), shown]
+    assert reachable(model, Custom(closure(other))).modules == [other]
+    del model.vocabulary, model.documents
+    assert reachable(model).modules == [shown]
+
+
 class Endless(Mapping[int, int]):
     """It cannot be walked through."""
 
