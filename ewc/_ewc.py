@@ -79,7 +79,7 @@ class EWC(Copied):
         ValueError: An argument is out of range, or there is no parameter to protect.
 
     Example:
-        >>> regularizer = EWC(model, Classification(), strength=300.0)
+        >>> regularizer = EWC(model, Classification())
         >>> for loader in tasks:
         ...     for x, y in loader:
         ...         loss = F.cross_entropy(model(x), y) + regularizer()

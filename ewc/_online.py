@@ -69,7 +69,7 @@ class OnlineEWC(EWC):
         NothingProtectedWarning: `decay` is 0 and there is no prior, so the penalty is always 0.
 
     Example:
-        >>> regularizer = OnlineEWC(model, Classification(), strength=300.0, decay=0.9)
+        >>> regularizer = OnlineEWC(model, Classification(), decay=0.9)
         >>> for loader in tasks:
         ...     summary = regularizer.consolidate(loader)
         >>> torch.equal(regularizer.anchor["weight"], model.weight)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -27,7 +27,6 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 
 TASKS = 3
 SEEDS = 3
-STRENGTH = 300.0
 STEPS = 200  # per task
 EVERY = 20  # steps from one test to the next
 
@@ -70,7 +69,7 @@ def run(main: nn.Module, task: int, model: nn.Module, batch: Any) -> Tensor:
     return functional_call(main, model(task), (batch[0],))
 
 
-def learn(tasks: list[Task], strength: float, steps: int = STEPS) -> Tensor:
+def learn(tasks: list[Task], strength: float | Literal["auto"], steps: int = STEPS) -> Tensor:
     """Learn the tasks one after the other.
 
     Returns:
@@ -114,7 +113,7 @@ def permuted_digits() -> Task:
 def compare(seed: int, steps: int = STEPS) -> dict[str, Tensor]:
     """With and without EWC, from the same data and the same beginning."""
     results = {}
-    for method, strength in (("fine-tuning", 0.0), ("EWC", STRENGTH)):
+    for method, strength in (("fine-tuning", 0.0), ("EWC", "auto")):
         torch.manual_seed(seed)
         tasks = [permuted_digits() for _ in range(TASKS)]
         results[method] = learn(tasks, strength, steps)

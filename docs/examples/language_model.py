@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -31,7 +32,6 @@ BATCH = 16
 PRETRAINING = 300  # steps
 STEPS = 150  # for each text
 EVERY = 30  # from one test to the next
-STRENGTH = 30.0
 RATES = {"all weights": 0.003, "LoRA": 0.005}  # learning rates
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789+=. \n"
 
@@ -168,7 +168,9 @@ def bits(model: nn.Module, data: Tensor) -> float:
     return float(nats) / math.log(2)
 
 
-def fine_tune(model: nn.Module, strength: float, lr: float, steps: int, seed: int) -> Tensor:
+def fine_tune(
+    model: nn.Module, strength: float | Literal["auto"], lr: float, steps: int, seed: int
+) -> Tensor:
     """Learn sentences, consolidate, learn sums.
 
     Returns:
@@ -198,7 +200,7 @@ def compare(
     train(pretrained, text(words, seed), pretraining, 0.003)
     results = {}
     for trained, lr in RATES.items():
-        for method, strength in (("fine-tuning", 0.0), ("EWC", STRENGTH)):
+        for method, strength in (("fine-tuning", 0.0), ("EWC", "auto")):
             torch.manual_seed(seed)
             model = copy.deepcopy(pretrained)
             if trained == "LoRA":

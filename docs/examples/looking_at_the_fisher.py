@@ -21,7 +21,6 @@ from ewc import EWC, Classification
 from ewc.plot import plot_fisher
 
 LR = 0.05
-STRENGTH = 10.0
 EPOCHS = 10
 
 
@@ -37,7 +36,7 @@ def learn(tasks: list[TensorDataset], epochs: int = EPOCHS) -> EWC:
         )
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    regularizer = EWC(model, Classification(), strength=STRENGTH)
+    regularizer = EWC(model, Classification())
     for task in tasks:
         loader = DataLoader(task, batch_size=32, shuffle=True)
         for _ in range(epochs):
@@ -48,7 +47,7 @@ def learn(tasks: list[TensorDataset], epochs: int = EPOCHS) -> EWC:
                 optimizer.step()
         summary = regularizer.consolidate(tqdm(loader, desc="consolidate"))
         print(summary)
-        assert summary.bound > LR * STRENGTH, "the next task could not be learned with this step"
+        assert summary.bound > LR * summary.strength, "the next task could not be learned"
     print("The last one by layer:")
     print(summary.table(rows=3))
     return regularizer

@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from ewc import EWC, Classification
 
 CLASSES = 5
-STRENGTH = 1000.0
 Digits = tuple[Tensor, Tensor]
 
 
@@ -53,7 +52,7 @@ def train_and_save(tasks: list[Digits], folder: Path) -> None:
         if isinstance(layer, nn.Linear):
             fully_shard(layer)
     fully_shard(model)
-    regularizer = EWC(model, Classification(), strength=STRENGTH)
+    regularizer = EWC(model, Classification())
     for task in tasks:
         train(model, regularizer, task)
         summary = regularizer.consolidate(loader(task))  # every process over its own samples
@@ -67,7 +66,7 @@ def train_and_save(tasks: list[Digits], folder: Path) -> None:
 def resume(tasks: list[Digits], folder: Path) -> None:
     """Continue in one process from the same checkpoint, with a model that is not sharded."""
     model = build()
-    regularizer = EWC(model, Classification(), strength=STRENGTH)
+    regularizer = EWC(model, Classification())
     state = {"model": model.state_dict(), "ewc": regularizer.state_dict()}
     dcp.load(state, checkpoint_id=folder, no_dist=True)
     model.load_state_dict(state["model"])

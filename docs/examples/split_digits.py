@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -23,7 +23,6 @@ from ewc import EWC, Classification
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
 SEEDS = 3
-STRENGTH = 100.0
 EPOCHS = 10
 NOISE = 0.4  # added to the pixels: without it, two digits are too easy to be forgotten
 
@@ -38,7 +37,7 @@ class Task(NamedTuple):
     y_test: Tensor
 
 
-def learn(tasks: list[Task], strength: float, epochs: int = EPOCHS) -> Tensor:
+def learn(tasks: list[Task], strength: float | Literal["auto"], epochs: int = EPOCHS) -> Tensor:
     """Learn the tasks one after the other.
 
     Returns:
@@ -95,7 +94,7 @@ def split_digits() -> list[Task]:
 def compare(seed: int, epochs: int = EPOCHS) -> dict[str, Tensor]:
     """Accuracies with and without EWC, from the same data and the same beginning."""
     results = {}
-    for method, strength in (("fine-tuning", 0.0), ("EWC", STRENGTH)):
+    for method, strength in (("fine-tuning", 0.0), ("EWC", "auto")):
         torch.manual_seed(seed)
         results[method] = learn(split_digits(), strength, epochs)
     return results
