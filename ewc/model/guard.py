@@ -135,10 +135,11 @@ class _Snapshot:
         tensors: The tensors of the module that a forward pass may write to.
     """
 
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self._tensors = tensors
-        self._values = [tensor.detach().clone() for tensor in tensors]
-        self._versions = [tensor._version for tensor in tensors]
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        # Outside of inference mode nothing can write to an inference tensor.
+        self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._values = [tensor.detach().clone() for tensor in self._tensors]
+        self._versions = [tensor._version for tensor in self._tensors]
 
     def restore_by_version(self) -> None:
         """Restore the values if one of the tensors has a new version."""

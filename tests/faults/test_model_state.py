@@ -361,3 +361,25 @@ def test_row_23_a_model_made_in_inference_mode(kind):
     ewc = kind(model, Classification())
     with unchanged(ewc, model), pytest.raises(RuntimeError, match="Inference tensors cannot be"):
         ewc.consolidate(make_task())
+
+
+def test_row_23_what_a_model_keeps_of_an_evaluation_in_inference_mode(kind):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.features = make_model(), None
+            self.register_buffer("last", torch.zeros(CLASSES))
+
+        def forward(self, x):
+            outputs = self.inner(x)
+            self.features, self.last = [outputs], outputs[-1].detach()
+            return outputs
+
+    model = Keeping()
+    with torch.inference_mode():
+        model(make_task()[0][0])
+    ewc = kind(model, Classification())
+    with unchanged(None, model):
+        ewc.consolidate(make_task())
+    expected = oracle.fisher(model.inner, make_task())
+    assert_close(ewc.fisher, {f"inner.{name}": each for name, each in expected.items()})
