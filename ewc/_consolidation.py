@@ -290,10 +290,10 @@ def _zero_names(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
         raise ValueError(
             "The negative log-likelihood must depend on the parameters; found that the Fisher of "
             "every parameter is zero, so that nothing would be protected. Fix: if the model fits "
-            'these data perfectly, use fisher_type="exact" or "mc", or consolidate before that; if '
-            "the loss compares the samples of a batch, it is constant for one: make the samples "
-            "that it compares one sample, [1, B, ...]; else see whether the outputs are detached, "
-            "all positions masked or ignored, other parameters used, or weight so small that the "
-            "Fisher underflows."
+            'these data perfectly, use fisher_type="exact" or "mc", or consolidate earlier. If the '
+            "loss compares the samples of a batch, it is constant for a single one: make the "
+            "samples that it compares one sample, [1, B, ...]. Otherwise check whether the outputs "
+            "are detached, all positions are masked or ignored, the outputs use other parameters "
+            "only, or weight is so small that the Fisher underflows."
         )
     return names

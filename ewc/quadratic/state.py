@@ -119,6 +119,6 @@ def refuse_non_finite(values: Mapping[str, Tensor]) -> None:
     if names:
         raise ValueError(
             "Protected parameters must be finite; found NaN or infinite entries in "
-            f"{listed_names(names)}. Fix: {AFTER_DIVERGENCE} Exclude parameters that are meant to "
-            "be so by requires_grad_(False) or the argument parameters."
+            f"{listed_names(names)}. Fix: {AFTER_DIVERGENCE} If the entries are so on purpose, "
+            "exclude the parameters, with requires_grad_(False) or the argument parameters."
         )
