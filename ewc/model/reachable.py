@@ -5,6 +5,7 @@ It is found where Python code keeps such things, and guarded like the model. The
 describes all that it passes, so that a later collection can see what has changed.
 """
 
+import dis
 import sys
 import weakref
 from argparse import Namespace
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from types import (
     CodeType,
@@ -44,6 +45,9 @@ _OWN = ("ewc.likelihoods", "ewc.integrations")
 
 _NAMESPACES = (SimpleNamespace, Namespace)
 """Classes of the standard library that hold attributes of the user's."""
+
+_LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
+"""The instructions that load global variables; the second one in the body of a class."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 """Values that are described by themselves."""
@@ -228,8 +232,8 @@ def _of_function(function: FunctionType) -> Iterator[Any]:
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     yield vars(function).get("__wrapped__")
-    names = set(_names(function.__code__))
-    for name in names & function.__globals__.keys():
+    loaded, names = _names(function.__code__)
+    for name in loaded & function.__globals__.keys():
         value = function.__globals__[name]
         if isinstance(value, ModuleType):
             if value.__name__.split(".")[0] not in _LIBRARIES:
@@ -238,12 +242,20 @@ def _of_function(function: FunctionType) -> Iterator[Any]:
             yield value
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """The names in a code, and in the functions that are defined in it."""
-    yield from code.co_names
+@lru_cache(maxsize=4096)
+def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The global names in a code and in the functions that are defined in it; and all names.
+
+    A name that is only an attribute is no global name, even where a global variable has it too.
+    """
+    loaded = {each.argval for each in dis.get_instructions(code) if each.opname in _LOADS}
+    names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            inner_loaded, inner_names = _names(constant)
+            loaded |= inner_loaded
+            names |= inner_names
+    return frozenset(loaded), frozenset(names)
 
 
 def _is_of_library(value: Any) -> bool:

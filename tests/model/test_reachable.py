@@ -226,3 +226,11 @@ def test_a_description_keeps_nothing_alive() -> None:
     gc.collect()
     assert description
     assert kept() is None
+
+
+def by_attribute(model: nn.Module, batch: Any) -> Any:
+    return model(batch.GLOBAL(batch[0]))
+
+
+def test_an_attribute_is_no_global_variable_of_its_name() -> None:
+    assert reachable(nn.Linear(2, 2), by_attribute).modules == []
