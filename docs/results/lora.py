@@ -36,6 +36,8 @@ METHODS = {
     "EWC of the weights": Fisher(),
     "EWC of the weights, batches of 64": Fisher(batch=64),
 }
+AUTO = ("EWC of the adapter", "EWC of the weights")
+"""What is also run with `strength="auto"`."""
 
 
 class Adapted(nn.Module):
@@ -162,8 +164,9 @@ def run(store: Store, quick: bool) -> None:
                 return adapt(kind, method, k, seed, steps)
 
             name = {"kind": kind, "method": method}
-            tuned(store, grid, one, seeds=seeds, tuning_seeds=TUNING_SEEDS[:2], **name)
-            automatic(store, one, seeds=seeds, **name)
+            tuned(store, grid, one, seeds=seeds, tuning_seeds=TUNING_SEEDS, **name)
+            if method in AUTO:
+                automatic(store, one, seeds=seeds, **name)
 
 
 def tables(store: Store) -> dict[str, str]:
