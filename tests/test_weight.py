@@ -78,5 +78,5 @@ def test_a_weight_that_overflows():
 def test_a_weight_that_underflows():
     model = make_model()
     ewc = EWC(model, Classification())
-    with unchanged(ewc, model), raises(ValueError, "every parameter is zero", "weight so small"):
+    with unchanged(ewc, model), raises(ValueError, "every parameter is zero", "weight is so small"):
         ewc.consolidate(make_task(), weight=1e-60)
