@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 CHOOSING = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
-SCRIPTS = ["collection", "penalty", "memory", "growth", "parameters"]
+SCRIPTS = ["collection", "one_batch", "penalty", "memory", "growth", "parameters"]
 
 pytestmark = pytest.mark.slow
 
@@ -227,6 +227,16 @@ class TestCommands:
         monkeypatch.setattr(growth, "TASKS", (1, 2))
         printed = self.run(growth, capsys)
         assert [head for head in heads(printed) if head not in on_page("growth")] == []
+
+    def test_one_batch(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one_batch = importlib.import_module("one_batch")
+        models = importlib.import_module("_models")
+        tiny = models.Workload("tiny", lambda: models.mlp(4), models.vectors(784), 5, 4)
+        monkeypatch.setattr(one_batch, "WORKLOADS", [tiny])
+        printed = self.run(one_batch, capsys)
+        assert first_cells(printed) == first_cells(on_page("one_batch"))
 
     def test_parameters(self, capsys: pytest.CaptureFixture[str]) -> None:
         printed = self.run(importlib.import_module("parameters"), capsys)
