@@ -17,6 +17,7 @@ from _models import WORKLOADS, Workload, gradients
 from ewc import EWC, Classification, OnlineEWC
 
 UNIT, FIRST, FURTHER, FEW, MANY = "ordinary", "first", "further", "few", "many"
+FEW_ALONE, MANY_ALONE = "few, one by one", "many, one by one"
 
 
 def measure(workload: Workload, arguments: argparse.Namespace) -> list[str]:
@@ -30,20 +31,30 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> list[str]:
     def first(count: int) -> Callable[[], object]:
         return lambda: EWC(model, Classification()).consolidate(batches[:count])
 
+    def alone(count: int) -> Callable[[], object]:
+        """A generator's batches are not run together."""
+        return lambda: EWC(model, Classification()).consolidate(iter(batches[:count]))
+
     calls: dict[str, Callable[[], object]] = {
         UNIT: lambda: gradients(model, batches[0]),
         FIRST: first(1),
         FURTHER: lambda: further.consolidate(batches[:1]),
         FEW: first(few),
         MANY: first(many),
+        FEW_ALONE: alone(few),
+        MANY_ALONE: alone(many),
     }
     timings = interleave(calls, arguments.rounds)
-    more = (timings.ratio(MANY, UNIT) - timings.ratio(FEW, UNIT)) / (many - few)
+
+    def more(less: str, all_: str) -> str:
+        return number((timings.ratio(all_, UNIT) - timings.ratio(less, UNIT)) / (many - few))
+
     return [
         number(1e3 * timings.median(UNIT)),
         number(timings.ratio(FIRST, UNIT)),
         number(timings.ratio(FURTHER, UNIT)),
-        number(more),
+        more(FEW_ALONE, MANY_ALONE),
+        more(FEW, MANY),
     ]
 
 
@@ -59,7 +70,8 @@ def report(arguments: argparse.Namespace) -> str:
         "forward + backward of one batch, ms",
         "a first consolidation of one batch",
         "a further one of the same object",
-        "one more batch",
+        "one more batch of a generator, which is run by itself",
+        "one more batch of a list, run together with others if it is small",
     ]
     rows = [list(row) for row in zip(titles, *columns.values(), strict=True)]
     return "\n\n".join(
