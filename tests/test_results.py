@@ -25,7 +25,13 @@ pytest.importorskip("sklearn")
 def from_their_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(FOLDER.parent / "benchmarks")
     monkeypatch.syspath_prepend(FOLDER)
+    _forget()  # an example may have the name of a script
     yield
+    _forget()
+
+
+def _forget() -> None:
+    """Let the next import of a script read its file."""
     for file in [*FOLDER.glob("*.py"), *(FOLDER.parent / "benchmarks").glob("*.py")]:
         sys.modules.pop(file.stem, None)
 
