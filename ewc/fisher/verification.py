@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ewc._refusals import described, pattern
+from ewc._restoring import interruption
 from ewc.data.batch import Batch
 from ewc.data.objects import ObjectsRead
 from ewc.errors import InvalidBatch
@@ -72,7 +73,10 @@ def recall(runner: Runner, verified: Verified, batch: Batch) -> Vectorised | Non
     before = runner.randomness.position, others()
     try:
         runner.record(vectorised, batch, {})
-    except Exception:  # the verification fails in the same way, and says why
+    except Exception as error:  # the verification fails in the same way, and says why
+        interrupt = interruption(error)
+        if interrupt is not None:
+            raise interrupt from None
         return None
     finally:
         after = runner.randomness.position, others()
