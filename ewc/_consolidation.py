@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ewc._checks import as_float, listed_names, positive, positive_int
 from ewc._options import FisherType, Reduction
 from ewc._restoring import Restore
+from ewc._scalars import largest_entry
 from ewc._settings import Settings
 from ewc._strength import Strength
 from ewc._summary import Summary, check_finite_curvature, measure
@@ -279,9 +280,8 @@ def _zero_names(fisher: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
         ValueError: It is zero for all parameters.
     """
     device = next(iter(fisher.values())).device
-    parts = [local(each) for each in fisher.values()]
     # The largest entry takes a fraction of the time of `any`.
-    tops = [(part.max() if part.numel() else part.sum()).to(device) for part in parts]
+    tops = [largest_entry(local(each)).to(device) for each in fisher.values()]
     nonzero = torch.stack(tops) != 0
     with ranks.exchange("which Fisher entries are zero"):
         any_nonzero = ranks.maximum(nonzero.to(torch.uint8)).tolist()

@@ -1,4 +1,4 @@
-"""Scalars that lie on a device, read by the host."""
+"""Scalars on a device: made of tensors, and read by the host."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,3 +18,8 @@ def read(scalars: Sequence[Tensor]) -> list[Any]:
     device = scalars[0].device
     values: list[Any] = torch.stack([each.to(device) for each in scalars]).tolist()
     return values
+
+
+def largest_entry(tensor: Tensor) -> Tensor:
+    """The largest entry of a real tensor whose entries are `>= 0`, shape `[]`; 0 if it has none."""
+    return tensor.max() if tensor.numel() else tensor.sum()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ewc._checks import listed, listed_names, positive_int
 from ewc._options import Method
+from ewc._scalars import largest_entry
 from ewc.processes.layout import Groups, local, shard_groups
 from ewc.processes.reductions import max_over, sum_over
 
@@ -225,7 +226,7 @@ def measure(curvatures: Mapping[str, Tensor]) -> dict[str, Curvature]:
     found = {}
     for groups, names in alike.items():
         parts = [local(curvatures[name]) for name in names]
-        tops = [part.max() if part.numel() else part.new_zeros(()) for part in parts]
+        tops = [largest_entry(part) for part in parts]
         device = parts[0].device
         sums = sum_over(torch.stack([part.sum().to(device) for part in parts]), groups)
         largest = max_over(torch.stack([top.to(device) for top in tops]), groups)

@@ -204,8 +204,9 @@ def _methods(
 
     Whether samples are independent depends on values too, and is found out every time.
     """
-    if last.verified is not None and last.holds(rests_on, batch):
-        recalled = recall(runner, last.verified, batch.take(0, 1))
+    verified = last.on(rests_on, batch)
+    if verified is not None:
+        recalled = recall(runner, verified, batch.take(0, 1))
         if recalled is not None:
             if batch.size == 2:
                 check_independence(runner, batch)

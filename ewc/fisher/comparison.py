@@ -5,12 +5,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ewc._scalars import read
+from ewc._scalars import largest_entry, read
 
 
 def largest(sums: Mapping[str, Tensor]) -> list[float]:
     """The largest entry of each sum."""
-    return read([each.max() if each.numel() else each.sum() for each in sums.values()])
+    return read(list(map(largest_entry, sums.values())))
 
 
 def differing(

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ewc._scalars import largest_entry
 from ewc.data.batch import Batch
 from ewc.fisher.batches import Bundle, Reading, bundled
 from ewc.fisher.comparison import differing, largest
@@ -139,5 +140,5 @@ class Independent:
     def are_finite(self, sums: Mapping[str, Tensor]) -> Tensor:
         """For each sum, whether its largest entry is finite: to add them up may overflow."""
         device = next(iter(sums.values())).device
-        tops = [(s.max() if s.numel() else s.sum()).to(device) for s in sums.values()]
+        tops = [largest_entry(each).to(device) for each in sums.values()]
         return torch.stack(tops).isfinite()

@@ -54,10 +54,12 @@ class LastVerification:
     def __init__(self) -> None:
         self.verified: Verified | None = None
 
-    def holds(self, basis: list[Hashable], batch: Batch) -> bool:
-        """Whether it rests on the same basis and the same kind of batch."""
+    def on(self, basis: list[Hashable], batch: Batch) -> Verified | None:
+        """What was verified, if it rests on the same basis and the same kind of batch."""
         known = self.verified
-        return known is not None and known.basis == basis and known.batch.joins(batch)
+        if known is None or known.basis != basis or not known.batch.joins(batch):
+            return None
+        return known
 
     def __reduce__(self) -> Any:
         return LastVerification, ()

@@ -115,6 +115,31 @@ def test_row_17_an_error_of_the_clean_up_gives_way_to_ctrl_c(end, expected):
         ewc.consolidate(make_task())
 
 
+class Ending(Classification, takes_batches=True):
+    """Raises an error of PyTorch's own after Ctrl-C, once, without a change that can be seen."""
+
+    def __init__(self, ends):
+        super().__init__()
+        self.take = ends.pop  # C functions are not looked into
+
+    def nll(self, outputs, targets):
+        if self.take("end", False):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                torch.autograd.forward_ad.exit_dual_level()
+        return super().nll(outputs, targets)
+
+
+def test_row_17_ctrl_c_while_a_verification_is_recalled():
+    model, ends = make_model(), {}
+    ewc = EWC(model, Ending(ends))
+    ewc.consolidate(make_task())
+    ends["end"] = True
+    with unchanged(ewc, model), pytest.raises(KeyboardInterrupt):
+        ewc.consolidate(make_task())
+
+
 def test_row_17_a_mode_that_was_active_stays_so():
     ewc = EWC(make_model(), Classification())
 

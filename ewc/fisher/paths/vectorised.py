@@ -164,7 +164,7 @@ class Vectorised:
                         found = self.terms(found, rest, 1)
                 return found
             finally:
-                self.calls = mode.seen.copy()
+                self.calls = mode.seen
                 self.reads = self.reads or mode.calls.read
 
         run = torch.func.vmap(run_one, in_dims=tuple(batch.dims), randomness="different")
