@@ -110,7 +110,15 @@ class Contract(ABC):
     """What a recipe promises."""
 
     page: str
-    tolerance = 1e-6  # of the gradient of a step in float32
+    dtype = torch.float32  # float64 if the rounding of gradients differs between processors
+    tolerance = 1e-6  # of the gradient of a step
+
+    @pytest.fixture(autouse=True)
+    def default_dtype(self) -> Iterator[None]:
+        """The page and the step run in the contract's precision."""
+        torch.set_default_dtype(self.dtype)
+        yield
+        torch.set_default_dtype(torch.float32)
 
     def ready(self, space: ModuleType) -> ModuleType:
         """Give the namespace of the page a `model` and a `regularizer`, if it has none."""

@@ -49,6 +49,7 @@ def tokens(space: ModuleType, rows: list[Row]) -> tuple[Tensor, Tensor]:
 
 class TestTrainer(Contract):
     page = "huggingface-trainer"
+    dtype = torch.float64
 
     def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         trainer = space.make_trainer(

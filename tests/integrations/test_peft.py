@@ -41,6 +41,7 @@ def plain_loss(space: ModuleType) -> Tensor:
 
 class TestPEFT(Contract):
     page = "peft"
+    dtype = torch.float64
 
     def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         space.train(batches(space, 8 // accumulate), accumulate)

@@ -32,6 +32,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 class TestSFT(Contract):
     page = "trl"
+    dtype = torch.float64
 
     def step(self, space: ModuleType, folder: Path, accumulate: int) -> None:
         trainer = space.make_trainer(
