@@ -183,17 +183,18 @@ class EWC(Copied):
             ReplacedParameterWarning: Once for each protected parameter that another object with
                 other values has replaced, such as the weight of a new head.
         """
-        point = {} if at is None else checked_point(at, self._model, self._state.quadratics)
         precision = self._merging.precision
         if not self._state.quadratics:
+            checked_point(at, self._model, {})
             thetas = trainable(self._model, self._chosen) or named_parameters(self._model)
             return zero([*thetas.values()], self._origin)
         if torch.compiler.is_compiling() or _vmap.level():  # each transforms plain operations
-            return traced_penalty(self._model, self._state, precision, self._strength, point)
+            return traced_penalty(self._model, self._state, precision, self._strength, at)
         if self._binding is None or not self._binding.is_current(self._state):
             check_fit(self._model, self._state, self._chosen or ())
             self._binding = rebound(self._binding, self._model, self._state, precision)
             self._state = self._binding.state
+        point = checked_point(at, self._model, self._binding.live.by_name)
         return self._binding.penalty(self._strength, point)
 
     def consolidate(

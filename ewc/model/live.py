@@ -26,6 +26,7 @@ class LiveParameters:
     Attributes:
         names: The names.
         parameters: The parameters, in the order of `names`.
+        by_name: The same, by name.
         locations: Where the model keeps them.
 
     Raises:
@@ -50,6 +51,7 @@ class LiveParameters:
                 edges[id(registry), key] = (registry, key, registry[key])
             self.parameters.append(location.parameter)
             self.locations.append(location)
+        self.by_name = dict(zip(self.names, self.parameters, strict=True))
         self._edges = list(edges.values())
         # For the check in every step: see `is_current`.
         self._registries = [location.registry for location in self.locations]

@@ -17,7 +17,7 @@ from ewc.model.names import find
 from ewc.processes.layout import Groups, is_sharded, local, same_layout, shard_groups
 from ewc.processes.reductions import differentiable_sum_over, is_first_rank
 from ewc.quadratic.penalty import Penalty, expression, result_dtype
-from ewc.quadratic.point import Point
+from ewc.quadratic.point import Point, checked_point
 from ewc.quadratic.quadratic import Quadratic, fits, protected_rows
 from ewc.quadratic.state import State
 
@@ -116,18 +116,26 @@ class Binding:
 
 
 def traced_penalty(
-    model: nn.Module, state: State, precision: Precision, strength: float, at: Point
+    model: nn.Module, state: State, precision: Precision, strength: float, at: Any
 ) -> Tensor:
     """The penalty for `torch.compile`: plain code resolves the names, and guards can follow it.
 
+    Args:
+        model: The unwrapped model.
+        state: What was consolidated.
+        precision: The curvature of the penalty.
+        strength: lambda.
+        at: As for `checked_point`.
+
     Raises:
-        ValueError: A parameter is gone or has changed its shape.
+        TypeError: As for `checked_point`.
+        ValueError: A parameter is gone or has changed its shape; or as for `checked_point`.
     """
     if torch.compiler.is_compiling() and _any_resharded(model, state):
         untraced: Any = _untraced_penalty
         value: Tensor = untraced(model, state, precision, strength, at)
         return value
-    members: dict[Groups, _Traced] = {}
+    protected = {}
     for name, quadratic in state.quadratics.items():
         parameter = find(model, name)
         if parameter is None or not fits(quadratic.anchor.shape, parameter.shape):
@@ -135,8 +143,13 @@ def traced_penalty(
                 "Protected parameters must keep their names and shapes; found that "
                 f"{name!r} is gone or has changed its shape."
             )
+        protected[name] = parameter
+    point = checked_point(at, model, protected)
+    members: dict[Groups, _Traced] = {}
+    for name, parameter in protected.items():
+        quadratic = state.quadratics[name]
         term = members.setdefault(shard_groups(parameter), ([], [], [], [], []))
-        term[0].append(local(protected_rows(at.get(name, parameter), quadratic.anchor)))
+        term[0].append(local(protected_rows(point.get(name, parameter), quadratic.anchor)))
         term[1].append(local(precision(name, quadratic)))
         term[2].append(local(quadratic.anchor))
         term[3].append(quadratic.constant)
@@ -166,7 +179,7 @@ def _any_resharded(model: nn.Module, state: State) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _untraced_penalty(
-    model: nn.Module, state: State, precision: Precision, strength: float, at: Point
+    model: nn.Module, state: State, precision: Precision, strength: float, at: Any
 ) -> Tensor:
     return traced_penalty(model, state, precision, strength, at)
 

@@ -4,7 +4,7 @@ A hypernetwork makes the parameters of another model; an adapter adds `scale * B
 that stay as they are. Both are tensors with a graph of their own, which the penalty continues.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,16 +17,16 @@ Point = Mapping[str, Tensor]
 """Tensors in the place of the parameters that a state has under these names."""
 
 
-def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Point:
+def checked_point(at: Any, model: nn.Module, protected: Mapping[str, nn.Parameter]) -> Point:
     """The argument `at` of a penalty, on the devices of the parameters and sharded as they are.
 
     A tensor that is not sharded, for a parameter that is, must be the same on all processes.
 
     Args:
-        at: As users write it.
+        at: As users write it; None for the model's own parameters.
         model: The unwrapped model.
-        protected: The names of the parameters that have a term in the penalty. Tensors for others
-            change nothing.
+        protected: The parameters that have a term in the penalty, by the names of their terms.
+            Tensors for others change nothing.
 
     Raises:
         TypeError: `at` is no mapping, or a value is no tensor.
@@ -34,16 +34,20 @@ def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Poin
             parameter may have, is sparse or has no data, or one parameter is given two tensors by
             two of its names; all problems are listed.
     """
+    if at is None:
+        return {}
     if not isinstance(at, Mapping):
         raise TypeError(
             f"at must be a mapping from names of parameters to tensors; found {type(at).__name__}."
         )
-    found = {}
+    found: dict[str, Tensor] = {}
     first: dict[int, str] = {}
     unknown: list[object] = []
     problems = []
     for name, value in at.items():
-        parameter = find(model, name) if isinstance(name, str) else None
+        parameter = protected.get(name)
+        if parameter is None and isinstance(name, str):
+            parameter = find(model, name)
         if parameter is None:
             unknown.append(name)
         elif not isinstance(value, Tensor):
@@ -68,15 +72,9 @@ def checked_point(at: Any, model: nn.Module, protected: Collection[str]) -> Poin
             f"{'; '.join(problems)}. Fix: take names from the property fisher, without the "
             "prefixes of wrappers, and leave out buffers."
         )
-    return _by_protected_name(found, model, protected)
-
-
-def _by_protected_name(found: Point, model: nn.Module, protected: Collection[str]) -> Point:
-    """The tensors that count, by the names of the state: a tied parameter has several names."""
-    others = [name for name in found if name not in protected]
-    if not others:
+    if all(name in protected for name in found):
         return found
-    names = {id(find(model, name)): name for name in protected}
+    names = {id(parameter): name for name, parameter in protected.items()}
     pairs = ((names.get(id(find(model, name)), name), value) for name, value in found.items())
     return {name: value for name, value in pairs if name in protected}
 
