@@ -21,11 +21,16 @@ REFUSAL = "PyTorch must be 2.12 or later for sharded parameters"
 LIMIT = 120  # seconds; no case takes more than a few
 
 
-class GlooSpinsError(AssertionError):
-    """A thread of gloo never ends: after a gather it waits in the destructor of a buffer.
+class GlooError(AssertionError):
+    """PyTorch's transport has failed: the case is run once more.
 
-    Two processes that alternate `all_reduce` and `DTensor.full_tensor`, without this library, hang
-    in the same way on PyTorch 2.13, after some ten thousand gathers on a busy machine.
+    Two faults of gloo are known, both rare and on a busy machine:
+
+    - A thread never ends: after a gather it waits in the destructor of a buffer. Two processes that
+      alternate `all_reduce` and `DTensor.full_tensor`, without this library, hang in the same way
+      on PyTorch 2.13, after some ten thousand gathers.
+    - A process is ended by a signal, since memory of the interpreter was overwritten. Neither this
+      library nor its tests have code that is not Python.
     """
 
 
@@ -54,28 +59,32 @@ class Workers:
     def run(self, case: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Run a case on all; returns what each returned, or raises what the first raised.
 
-        If one does not answer in time, all are stopped, and the case fails. After a known fault of
-        gloo it is run once more.
+        If one does not answer in time, or dies, all are stopped, and the case fails. After a known
+        fault of gloo it is run once more.
         """
         try:
             return self._run(case, *arguments)
-        except GlooSpinsError:
+        except GlooError:
             return self._run(case, *arguments)
 
     def _run(self, case: Callable[..., Any], *arguments: Any) -> list[Any]:
         for inbox in self._inboxes:
             inbox.put((case, arguments))
         answers: dict[int, tuple[Any, str]] = {}
-        for _ in self._processes:
+        while len(answers) < self.world:
             try:
-                rank, value, failure = self._outbox.get(timeout=LIMIT)
+                rank, value, failure = self._answer()
             except queue.Empty:
                 missing = sorted(set(range(self.world)) - set(answers))
                 told = "\n".join(failure for _, failure in answers.values() if failure)
-                kind = GlooSpinsError if any(map(_gloo_spins, self._processes)) else AssertionError
+                codes = [process.exitcode for process in self._processes]
+                was_killed = any(code is not None and code < 0 for code in codes)
+                is_known = was_killed or any(map(_gloo_spins, self._processes))
                 self.stop()
                 self._start()
-                raise kind(f"no answer from ranks {missing}: hung?\n{told}") from None
+                kind = GlooError if is_known else AssertionError
+                found = f"no answer from ranks {missing}, exit codes {codes}: hung?\n{told}"
+                raise kind(found) from None
             answers[rank] = value, failure
         failures = [failure for _, failure in answers.values() if failure]
         if not SHARDS and any(REFUSAL in each for each in failures):
@@ -83,6 +92,21 @@ class Workers:
         if failures:
             raise AssertionError("\n".join(failures))
         return [answers[rank][0] for rank in range(self.world)]
+
+    def _answer(self) -> Any:
+        """The next answer.
+
+        Raises:
+            queue.Empty: There is none in time, or a process is dead.
+        """
+        end = time.monotonic() + LIMIT
+        while True:
+            try:
+                return self._outbox.get(timeout=2)
+            except queue.Empty:
+                is_dead = any(process.exitcode is not None for process in self._processes)
+                if is_dead or time.monotonic() > end:
+                    raise
 
     def stop(self) -> None:
         for process in self._processes:
