@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
-LOOP_PRODUCTS = 2**18
-"""On a CPU, one sample's product has a call of its own beyond this many multiplications."""
-
 LARGE_MATRIX = 2**12
-"""Each matrix of a stack has a call of its own beyond this many elements."""
+"""A matrix has calls of its own beyond this many elements."""
 
 
 def work_elements(tensor: Tensor) -> int:
@@ -168,7 +165,7 @@ class Outer(Gradient):
             for rows, columns in zip(left.split(step), right.split(step), strict=True):
                 rows, columns = rows.squeeze(1), columns.squeeze(1)
                 sums.addmm_((rows * rows).t(), columns * columns)
-        elif _is_worth_a_call(sums, positions):
+        elif sums.is_cpu and sums.numel() > LARGE_MATRIX:
             _add_squares_in_cache(sums, left, right)
         else:
             Gradient.add_squares(Outer(left, right), sums)
@@ -182,24 +179,27 @@ class Outer(Gradient):
         )
 
 
-def _is_worth_a_call(sums: Tensor, positions: int) -> bool:
-    """Whether the product of each sample is so large that it has a call of its own, on a CPU."""
-    few = 8 * sums.numel() > work_elements(sums)  # samples whose products stay in the cache
-    return sums.is_cpu and few and positions * sums.numel() > LOOP_PRODUCTS
-
-
 def _add_squares_in_cache(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """Square one sample's product while it is in the cache, a block of rows at a time."""
-    blocks = math.ceil(sums.numel() / (2 * work_elements(sums)))
-    rows = math.ceil(sums.shape[0] / blocks)
-    scratch = sums.new_empty(rows, sums.shape[1])
-    for top in range(0, sums.shape[0], rows):
+    """Square the products of a few samples while they are in the cache.
+
+    Of a matrix that does not fit, a block of rows at a time. To compute several products in one
+    call, as many for each thread, and to square each in a call of its own was the fastest way.
+    """
+    fit = 2 * work_elements(sums)
+    height, width = sums.shape
+    rows = math.ceil(height / math.ceil(sums.numel() / fit))
+    threads = torch.get_num_threads()
+    step = max(1, fit // (rows * width) // threads * threads)
+    step = min(step, len(left))
+    scratch = sums.new_empty(step * rows * width)
+    for top in range(0, height, rows):
         block = sums[top : top + rows]
-        product = scratch[: block.shape[0]]
         columns = left[:, :, top : top + rows].mT
-        for one, other in zip(columns.unbind(0), right.unbind(0), strict=True):
-            torch.mm(one, other, out=product)
-            block.addcmul_(product, product)
+        for some, others in zip(columns.split(step), right.split(step), strict=True):
+            products = scratch[: len(some) * block.numel()].view(len(some), *block.shape)
+            torch.bmm(some, others, out=products)
+            for product in products.unbind(0):
+                block.addcmul_(product, product)
 
 
 class Rows(Gradient):
