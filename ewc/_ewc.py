@@ -25,6 +25,7 @@ from ewc.likelihoods import Likelihood
 from ewc.likelihoods.likelihood import check_likelihood
 from ewc.model.names import named_parameters, unwrap
 from ewc.model.selection import check_released, collectable, select, trainable, without
+from ewc.model.turns import turn
 from ewc.model.wrappers import check_model
 from ewc.processes.groups import ranks_of, ranks_of_shards, wrapper_group
 from ewc.processes.ranks import SINGLE_PROCESS
@@ -241,10 +242,11 @@ class EWC(Copied):
             SlowPathWarning: Once, if most samples were run one at a time.
             ReplacedParameterWarning: As for the penalty.
         """
-        committed = self._state, self._curvature, self._binding
-        undo: list[Restore] = [lambda: self._commit(*committed)]
+        undo: list[Restore] = []
 
         def run() -> Summary:
+            committed = self._state, self._curvature, self._binding
+            undo.append(lambda: self._commit(*committed))
             ranks = ranks_of(self._model, self._process_group)
             with ranks.all_or_none():
                 task = Task.checked(
@@ -277,7 +279,8 @@ class EWC(Copied):
                 self._commit(binding.state, summary.parameters, binding)
             return summary
 
-        return undisturbed(run, on_failure=undo)
+        with turn(self._model):
+            return undisturbed(run, on_failure=undo)
 
     def forget(self, *names: str) -> None:
         """Release parameters: drop their Fisher and anchor, so that the penalty omits them.

@@ -277,6 +277,35 @@ def test_row_45b_consolidations_that_overlap(kind):
         assert same(objects[seed].fisher, alone[seed].fisher)
 
 
+@pytest.mark.parametrize("is_one_object", [True, False])
+def test_row_45b_consolidations_of_one_model(kind, is_one_object):
+    """While one of them runs the model, the others begin."""
+    model, ewc = make(kind, n_tasks=0)
+    model.train()
+    objects = [ewc] * 3 if is_one_object else [kind(model, Classification()) for _ in range(3)]
+    begun = threading.Semaphore(0)
+
+    def consolidate(each):
+        begun.release()
+        each.consolidate(batches())
+
+    def batches():
+        for batch in make_task():
+            for _ in objects:  # at most until all of them have begun
+                begun.acquire(timeout=0.1)
+            yield batch
+
+    at_once(*(lambda each=each: consolidate(each) for each in objects))
+    assert all(module.training for module in model.modules())
+    _, alone = make(kind, n_tasks=0)
+    times = 3 if is_one_object else 1
+    for _ in range(times):
+        alone.consolidate(iter(make_task()))
+    for each in objects:
+        assert each.n_tasks == times
+        assert same(each.fisher, alone.fisher)
+
+
 def test_row_45b_a_consolidation_inside_a_consolidation(kind):
     model, ewc = make(kind, n_tasks=0)
     other = OnlineEWC(make_model(1), Classification())
