@@ -146,7 +146,8 @@ class DecayedMerging(Merging):
         if old is None:
             return Quadratic(fisher, anchor), None
         anchor = anchor.to(old.anchor.dtype)  # never narrowed
-        return Quadratic(fisher + self._decay * old.grown(anchor).fisher, anchor), None
+        merged = torch.add(fisher, old.grown(anchor).fisher, alpha=self._decay)
+        return Quadratic(merged, anchor), None
 
     @override
     def not_collected(self, old: Quadratic) -> Quadratic:
