@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +21,8 @@ import torch
 import torch.distributed as dist
 from _harness import interleave, number, table
 from _models import GPT, Batch, Workload, gradients, mlp, tokens, vectors
-from torch import Tensor, multiprocessing, nn
+from _processes import together
+from torch import Tensor, nn
 
 from ewc import EWC, Classification
 
@@ -126,12 +126,13 @@ def classes(arguments: argparse.Namespace) -> str:
 
 def processes(arguments: argparse.Namespace) -> str:
     """Time against the number of processes, each with as many batches of its own."""
-    rounds = arguments.rounds
-    found = {count: _together(count, 2 if arguments.quick else 32, rounds) for count in PROCESSES}
-    rows = [
-        [str(count), number(1e3 * ordinary), number(1e3 * consolidation), number(ratio)]
-        for count, (ordinary, consolidation, ratio) in found.items()
-    ]
+    rows = []
+    for count in PROCESSES:
+        batches = 2 if arguments.quick else 32
+        found: list[tuple[float, float]] = together(count, _timed, batches, arguments.rounds)
+        ordinary, consolidation = (statistics.median(each) for each in zip(*found, strict=True))
+        ratio = statistics.median(b / a for a, b in found)
+        rows.append([str(count), *map(number, (1e3 * ordinary, 1e3 * consolidation, ratio))])
     head = [
         "MLP 784-400-400-10, processes of one thread",
         "forward + backward, ms",
@@ -141,31 +142,9 @@ def processes(arguments: argparse.Namespace) -> str:
     return table(head, rows)
 
 
-def _together(count: int, batches: int, rounds: int) -> tuple[float, float, float]:
-    """Seconds of both on the first of several processes, and the median of their ratios."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        arguments = (count, store, batches, rounds, results)
-        started = [
-            context.Process(target=_process, args=(rank, *arguments)) for rank in range(count)
-        ]
-        for process in started:
-            process.start()
-        found: list[tuple[float, float]] = results.get(timeout=600)
-        for process in started:
-            process.join()
-    ordinary, consolidation = zip(*found, strict=True)
-    ratios = [b / a for a, b in found]
-    return statistics.median(ordinary), statistics.median(consolidation), statistics.median(ratios)
-
-
-def _process(rank: int, count: int, store: str, batches: int, rounds: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=count, init_method=f"file://{store}")
+def _timed(batches: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds of an ordinary pass and of a consolidation, in each round, on this process."""
     workload = Workload("", mlp, vectors(784), 128, batches)
-    torch.manual_seed(0)
     model, own = workload.build().eval(), workload.data(batches)
     found = []
     for _ in range(rounds + 1):
@@ -176,9 +155,7 @@ def _process(rank: int, count: int, store: str, batches: int, rounds: int, resul
             run()
             seconds.append(time.perf_counter() - start)
         found.append((seconds[0], seconds[1]))
-    if rank == 0:
-        results.put(found[1:])
-    dist.destroy_process_group()
+    return found[1:]
 
 
 def tasks(arguments: argparse.Namespace) -> str:

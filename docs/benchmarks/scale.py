@@ -10,11 +10,9 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,7 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from _harness import number, table
-from torch import Tensor, multiprocessing, nn
+from _processes import together
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from ewc import EWC, Classification
@@ -33,6 +32,9 @@ PROCESSES = 2
 WIDTH = 1024
 CLASSES = 16
 MiB = 2**20
+
+# Large blocks go back to the system when they are freed: the peak of a process is what it holds.
+os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_ARENA_MAX": "1"}
 
 
 def build(depth: int) -> nn.Sequential:
@@ -53,34 +55,6 @@ def sharded(depth: int) -> nn.Sequential:
 def data(samples: int) -> tuple[Tensor, Tensor]:
     """Random inputs and classes."""
     return torch.randn(samples, WIDTH), torch.randint(CLASSES, (samples,))
-
-
-def _work(rank: int, task: str, store: str, arguments: Sequence[int], results: Any) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, init_method=f"file://{store}")
-    results.put((rank, {"memory": _memory, "time": _time}[task](*arguments)))
-    dist.destroy_process_group()
-
-
-def together(task: str, *arguments: int) -> Any:
-    """Run a task on two processes; what the first one found."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    # Large blocks go back to the system when they are freed: the peak is what is held.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_ARENA_MAX": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        processes = [
-            context.Process(target=_work, args=(rank, task, store, arguments, results))
-            for rank in range(PROCESSES)
-        ]
-        for process in processes:
-            process.start()
-        found = dict(results.get(timeout=600) for _ in processes)
-        for process in processes:
-            process.join()
-    return found[0]
 
 
 def _memory(depth: int) -> tuple[float, ...]:
@@ -178,11 +152,11 @@ def report(arguments: argparse.Namespace) -> str:
     depths = (2, 4) if arguments.quick else (4, 8, 16)
     memory = []
     for depth in depths:
-        layer, share, kept, peak = together("memory", depth)
+        layer, share, kept, peak = together(PROCESSES, _memory, depth)
         work = peak - 1.5 * kept
         memory.append([f"{depth} layers", *map(number, (layer, share, kept, peak, work))])
     samples = 32 if arguments.quick else 256
-    seconds, ratio = together("time", 4, samples, arguments.rounds)
+    seconds, ratio = together(PROCESSES, _time, 4, samples, arguments.rounds)
     return "\n\n".join(
         [
             table(
