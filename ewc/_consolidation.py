@@ -234,7 +234,7 @@ class Estimate:
         Warns:
             ZeroFisherWarning: Some parameters in `zero`, which it names, have entries and have not
                 been named before.
-            SlowPathWarning: Most samples were run one at a time.
+            SlowPathWarning: More than a few samples of each batch were run one at a time.
         """
         zero = [n for n in self.zero if n not in state.warned and self.fisher[n].numel()]
         if zero:

@@ -65,7 +65,7 @@ def diagonal_fisher(
 
     Warns:
         ZeroFisherWarning: The Fisher of some parameters is zero in every entry.
-        SlowPathWarning: Most samples were run one at a time.
+        SlowPathWarning: More than a few samples of each batch were run one at a time.
 
     Example:
         >>> fisher = diagonal_fisher(model, tasks[0], Classification())

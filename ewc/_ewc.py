@@ -214,8 +214,9 @@ class EWC(Copied):
         committed. If the call raises an error, this object and the model are as before. Two calls
         count as two tasks.
 
-        In distributed training all processes must call this, each with its own share of the data.
-        The result is that of one process with all samples.
+        In distributed training all processes must call this, each with its own share of the data;
+        those of a tensor-parallel group pass the same batches. The result is that of one process
+        with all samples.
 
         Args:
             batches: Any iterable of batches of the task. Small batches of a list, a tuple or a
@@ -239,7 +240,7 @@ class EWC(Copied):
 
         Warns:
             ZeroFisherWarning: Once for each parameter whose Fisher is zero in every entry.
-            SlowPathWarning: Once, if most samples were run one at a time.
+            SlowPathWarning: Once, if more than a few samples of each batch were run one at a time.
             ReplacedParameterWarning: As for the penalty.
         """
         undo: list[Restore] = []

@@ -38,7 +38,7 @@ class OnlineEWC(EWC):
 
     `F[t]` is the diagonal Fisher information of task `t`, as for `EWC`, and `anchor` holds the
     parameters after the latest task. The property `fisher` is `F~`, without the prior. A parameter
-    that a consolidation does not collect keeps its anchor, and its Fisher information decays.
+    that is frozen during a consolidation keeps its anchor, and its Fisher information decays.
 
     Source: Schwarz et al., "Progress & Compress", ICML 2018, eq. 8.
 

@@ -16,7 +16,7 @@ class ZeroFisherWarning(UserWarning):
 
 
 class SlowPathWarning(UserWarning):
-    """A consolidation ran most samples one at a time: slower, with the same Fisher estimate."""
+    """A consolidation ran many samples one at a time: slower, with the same Fisher estimate."""
 
 
 class ReplacedParameterWarning(UserWarning):

@@ -209,7 +209,7 @@ def _read_probabilities(head: Tensor, targets: Tensor, mask: Tensor | None) -> T
         (probabilities < 0).any(1) | ~(off <= tolerance),  # `~`: NaN is wrong too
         "targets with as many dimensions as the logits must be one-hot or probabilities: >= 0, "
         f"with sum 1 over dimension 1 (within {tolerance:g}); found positions where they are not. "
-        "Fix: normalise them in target_transform; several labels at once need a Custom likelihood.",
+        "Fix: normalise them in target_transform; for several labels at once use Bernoulli().",
     )
     values = probabilities if targets.is_floating_point() else targets.long().argmax(1)
     return Targets(values, mask, (fault,))

@@ -10,11 +10,6 @@ from torch import Tensor
 from ewc._options import FisherType
 from ewc.data.advice import accepts
 
-_REQUIRED_METHODS = {
-    "exact": "exact_terms(outputs, *rest) -> [K, N]",
-    "mc": "sample(outputs) -> targets",
-}
-
 
 class Likelihood(ABC):
     """The base class of likelihoods. A subclass must define `nll`.
@@ -45,6 +40,10 @@ class Likelihood(ABC):
 
     batch_dim: int = 0
     _takes_batches: ClassVar[bool] = False
+    _needed: ClassVar[dict[FisherType, str]] = {
+        "exact": "exact_terms(outputs, *rest) -> [K, N]",
+        "mc": "sample(outputs) -> targets",
+    }
 
     def __init_subclass__(cls, *, takes_batches: bool = False) -> None:
         super().__init_subclass__()
@@ -92,11 +91,7 @@ class Likelihood(ABC):
         Raises:
             NotImplementedError: The subclass does not define it.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} must define sample(outputs) -> targets for "
-            'fisher_type="mc"; found no definition. Fix: define it, or choose '
-            'fisher_type="empirical".'
-        )
+        raise NotImplementedError(self._undefined("mc"))
 
     def sampled_nll(self, outputs: Any, /, *rest: Any) -> Tensor:
         """The NLL `[N]` of targets drawn by `sample`, which replace `rest[0]`."""
@@ -116,11 +111,7 @@ class Likelihood(ABC):
         Raises:
             NotImplementedError: The subclass does not define it.
         """
-        raise NotImplementedError(
-            f"{type(self).__name__} must define exact_terms(outputs, *rest) -> [K, N] for "
-            'fisher_type="exact"; found no definition. Fix: define it, or choose '
-            'fisher_type="empirical".'
-        )
+        raise NotImplementedError(self._undefined("exact"))
 
     def supports(self, fisher_type: FisherType) -> bool:
         """Whether the methods that `fisher_type` needs are defined.
@@ -136,6 +127,14 @@ class Likelihood(ABC):
             return redefines(self, Likelihood, "exact_terms")
         raise ValueError(
             f'fisher_type must be "empirical", "exact" or "mc"; found {fisher_type!r}.'
+        )
+
+    def _undefined(self, fisher_type: FisherType) -> str:
+        """The message of an error: which method this class must define for `fisher_type`."""
+        return (
+            f"{type(self).__name__} must define {self._needed[fisher_type]} for fisher_type="
+            f'"{fisher_type}"; found no definition. Fix: define it, or choose '
+            'fisher_type="empirical".'
         )
 
 
@@ -157,8 +156,4 @@ def check_likelihood(likelihood: Likelihood, fisher_type: FisherType) -> None:
             "Fix: for a function, use Custom(nll)."
         )
     if not likelihood.supports(fisher_type):
-        raise ValueError(
-            f"{type(likelihood).__name__} must define {_REQUIRED_METHODS[fisher_type]} for "
-            f"fisher_type={fisher_type!r}; found no definition. Fix: define it, or choose "
-            'fisher_type="empirical".'
-        )
+        raise ValueError(likelihood._undefined(fisher_type))

@@ -8,7 +8,7 @@ position contributes; masks, weights, heads, transforms, and the sums over posit
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -77,6 +77,10 @@ class Pointwise(Likelihood):
 
     allowed_outputs: tuple[int, ...] | None = None
     target_transform: TargetTransform | None = None
+    _needed: ClassVar[dict[FisherType, str]] = {
+        "exact": "position_terms(head) -> [K, n, *positions]",
+        "mc": "position_sample(head) -> targets",
+    }
 
     @abstractmethod
     def position_nll(self, head: Tensor, targets: Tensor, /) -> Tensor:
@@ -96,7 +100,7 @@ class Pointwise(Likelihood):
         Raises:
             NotImplementedError: The subclass does not define it.
         """
-        raise NotImplementedError(_undefined(self, "position_sample(head) -> targets", "mc"))
+        raise NotImplementedError(self._undefined("mc"))
 
     def position_terms(self, head: Tensor, /) -> Tensor:
         """The exact terms of each position.
@@ -111,9 +115,7 @@ class Pointwise(Likelihood):
         Raises:
             NotImplementedError: The subclass does not define it.
         """
-        raise NotImplementedError(
-            _undefined(self, "position_terms(head) -> [K, n, *positions]", "exact")
-        )
+        raise NotImplementedError(self._undefined("exact"))
 
     def head(self, outputs: Any, /) -> Tensor:
         """The outputs that targets refer to, in at least float32.
@@ -314,10 +316,3 @@ def _weighted_sum(nll: Tensor, weights: Tensor | None) -> Tensor:
     if weights is not None:
         nll = nll * match_dims(weights, nll)
     return nll.flatten(1).sum(1) if nll.dim() > 1 else nll
-
-
-def _undefined(likelihood: Likelihood, method: str, fisher_type: str) -> str:
-    return (
-        f'{type(likelihood).__name__} must define {method} for fisher_type="{fisher_type}"; found '
-        'no definition. Fix: define it, or choose fisher_type="empirical".'
-    )

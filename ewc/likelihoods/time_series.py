@@ -79,6 +79,10 @@ class TimeSeries(Likelihood, takes_batches=True):
     def supports(self, fisher_type: FisherType) -> bool:
         return self.step.supports(fisher_type)
 
+    @override
+    def _undefined(self, fisher_type: FisherType) -> str:
+        return self.step._undefined(fisher_type)
+
     @property
     @override
     def needs_targets(self) -> bool:

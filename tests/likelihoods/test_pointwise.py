@@ -28,8 +28,9 @@ def test_what_is_not_defined_is_not_supported(likelihood: Likelihood) -> None:
         likelihood.sampled_nll(outputs)
     with pytest.raises(NotImplementedError, match=r"Poisson must define position_terms.*Fix"):
         likelihood.exact_terms(outputs)
-    with pytest.raises(ValueError, match='fisher_type="empirical"'):
-        EWC(torch.nn.Linear(2, 2), likelihood, fisher_type="exact")
+    for fisher_type, method in (("exact", "position_terms"), ("mc", "position_sample")):
+        with pytest.raises(ValueError, match=rf"Poisson must define {method}\(head\).*Fix"):
+            EWC(torch.nn.Linear(2, 2), likelihood, fisher_type=fisher_type)
 
 
 def test_what_is_defined_below_is_supported() -> None:
