@@ -1,4 +1,7 @@
-"""Two and four processes, each started once."""
+"""Two and four processes, each started once, and stopped after the last of these tests.
+
+A process that waits uses a twentieth of a processor: gloo and its store look for work all the time.
+"""
 
 from collections.abc import Iterator
 
@@ -7,14 +10,14 @@ import pytest
 from tests.distributed.workers import Workers
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def two() -> Iterator[Workers]:
     workers = Workers(2)
     yield workers
     workers.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def four() -> Iterator[Workers]:
     workers = Workers(4)
     yield workers
