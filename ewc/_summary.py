@@ -145,7 +145,7 @@ class Summary:
 
         The name of a layer is the common beginning of its parameters' names. If there are still too
         many layers, those with the least trace share one row. The column `trace` is the share of
-        the total. A parameter that this consolidation has left out has the path `earlier`.
+        the total. A parameter that only earlier tasks have estimated has the path `earlier`.
 
         Args:
             rows: The largest number of rows, `>= 1`, without the header and the row `all`.

@@ -182,8 +182,8 @@ class Outer(Gradient):
 def _add_squares_in_cache(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """Square the products of a few samples while they are in the cache.
 
-    Of a matrix that does not fit, a block of rows at a time. To compute several products in one
-    call, as many for each thread, and to square each in a call of its own was the fastest way.
+    One call computes several products, as many for each thread. A matrix that does not fit is
+    computed one block of rows at a time.
     """
     fit = 2 * work_elements(sums)
     height, width = sums.shape

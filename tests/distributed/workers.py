@@ -24,13 +24,13 @@ LIMIT = 120  # seconds; no case takes more than a few
 class GlooError(AssertionError):
     """PyTorch's transport has failed: the case is run once more.
 
-    Two faults of gloo are known, both rare and on a busy machine:
+    Two faults were seen, both rare and on a busy machine:
 
     - A thread never ends: after a gather it waits in the destructor of a buffer. Two processes that
       alternate `all_reduce` and `DTensor.full_tensor`, without this library, hang in the same way
       on PyTorch 2.13, after some ten thousand gathers.
-    - A process is ended by a signal, since memory of the interpreter was overwritten. Neither this
-      library nor its tests have code that is not Python.
+    - A signal ends a process: once malloc found its memory overwritten, during a reduction of gloo.
+      Neither this library nor its tests have code that is not Python.
     """
 
 
