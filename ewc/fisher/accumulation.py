@@ -15,7 +15,7 @@ from ewc.fisher.notes import is_users
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
-from ewc.fisher.verification import OBJECTS, confirmed
+from ewc.fisher.verification import OBJECTS, Recalled, confirmed
 from ewc.model.finite import AFTER_DIVERGENCE, diverged
 
 
@@ -26,7 +26,8 @@ class Accumulator:
         runner: Runs the model.
         coordination: What one process, or several in lockstep, do differently.
         sums: For each parameter a sum of squares, zero at first.
-        methods: The fast methods, or why there are none: what `verify` has returned.
+        methods: The fast methods: those that `verify` has returned, or recalled ones; or why there
+            are none.
 
     Attributes:
         sums: The sums of squares.
@@ -39,15 +40,15 @@ class Accumulator:
         runner: Runner,
         coordination: Coordination,
         sums: dict[str, Tensor],
-        methods: Vectorised | str,
+        methods: Vectorised | Recalled | str,
     ) -> None:
         self.sums = sums
         self.samples = 0
         self.reasons: dict[str, str] = {}
         self._runner = runner
         self._coordination = coordination
-        self._methods = methods
-        self._used: Mapping[str, Method] = {} if isinstance(methods, str) else methods.methods
+        self._used: Mapping[str, Method] = {}
+        self._use(methods)
         self._batches = self._single_runs = 0
         self._latest: int | None = None  # the last batch that was counted
         self._unchecked: list[tuple[Bundle, Tensor]] = []
@@ -63,6 +64,13 @@ class Accumulator:
     def is_slow(self) -> bool:
         """Whether the loop took more than a few runs for each batch, on average."""
         return self._single_runs > A_FEW * self._batches
+
+    @property
+    def vectorised(self) -> Vectorised | None:
+        """The fast methods, if there are any."""
+        if isinstance(self._methods, Recalled):
+            return self._methods.methods
+        return None if isinstance(self._methods, str) else self._methods
 
     def add(self, bundle: Bundle) -> None:
         """Add the squares of the batches of a bundle."""
@@ -97,10 +105,14 @@ class Accumulator:
         """Check that the squares of the last bundles are finite."""
         self._refuse_non_finite(waiting=0)
 
+    def _use(self, methods: Vectorised | Recalled | str) -> None:
+        self._methods = methods
+        if isinstance(methods, Vectorised):
+            self._used = methods.methods
+
     def _add(self, batch: Batch, *, is_counted: bool = True) -> None:
-        vectorised = None if isinstance(self._methods, str) else self._methods
         with self._coordination.adding_to(self.sums, is_counted=is_counted) as own_sums:
-            for chunk in self._coordination.chunks(batch, vectorised):
+            for chunk in self._coordination.chunks(batch, self.vectorised):
                 self._add_chunk(chunk, own_sums)
 
     def _add_chunk(self, chunk: Batch, own_sums: Mapping[str, Tensor]) -> None:
@@ -118,6 +130,13 @@ class Accumulator:
         """
         if not chunk.vectorisable:
             return dict.fromkeys(self.sums, OBJECTS)
+        if isinstance(self._methods, Recalled):
+            recorded = self._methods.confirmed_on(chunk, own_sums)
+            self._use(self._methods.verify() if recorded is None else self._methods.methods)
+            if recorded is None:
+                return self._add_vectorised(chunk, own_sums)
+            self._runner.reverse(recorded)
+            return {}
         if isinstance(self._methods, str):
             return dict.fromkeys(self.sums, self._methods)
         record = partial(self._runner.record, self._methods, chunk, own_sums)

@@ -24,7 +24,7 @@ from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
 from ewc.fisher.sharded.lockstep import LockStep
 from ewc.fisher.sharded.model import ShardedModel
-from ewc.fisher.verification import check_independence, recall, verify
+from ewc.fisher.verification import Recalled, check_independence, verify
 from ewc.fisher.verified import LastVerification, Verified, basis, hooks
 from ewc.likelihoods import Likelihood
 from ewc.model.guard import Guard
@@ -172,12 +172,11 @@ def _run(
     coordination.end_verification()
     runner.randomness.expect_as_seen()
     accumulator = Accumulator(runner, coordination, sums, methods)
-    vectorised = None if isinstance(methods, str) else methods
     remaining = batches if first is None else chain([first], batches)
     # A first batch of one sample does not show whether the model mixes samples. Bundled batches of
     # one sample need no check: every method runs the model on one sample at a time.
     is_independence_known = verified_on.size > 1 or coordination.is_lockstep
-    for bundle in coordination.bundles(reading, remaining, vectorised):
+    for bundle in coordination.bundles(reading, remaining, accumulator.vectorised):
         if bundle is None:
             accumulator.run_uncounted(verified_on.take(0, 1))
             continue
@@ -199,23 +198,25 @@ def _methods(
     sums: dict[str, Tensor],
     rests_on: list[Hashable],
     last: LastVerification,
-) -> Vectorised | str:
-    """The fast methods, or why there are none; verified, unless the last verification holds.
+) -> Vectorised | Recalled | str:
+    """The fast methods, or why there are none; verified, unless the last verification may hold.
 
     Whether samples are independent depends on values too, and is found out every time.
     """
+
+    def verify_anew() -> Vectorised | str:
+        last.verified = None
+        methods, may_be_recalled = verify(runner, coordination, batch, sums)
+        if may_be_recalled and isinstance(methods, Vectorised):
+            last.verified = Verified.of(rests_on, batch, methods, runner.fisher_type)
+        return methods
+
     verified = last.on(rests_on, batch)
-    if verified is not None:
-        recalled = recall(runner, verified, batch.take(0, 1))
-        if recalled is not None:
-            if batch.size == 2:
-                check_independence(runner, batch)
-            return recalled
-    last.verified = None
-    methods, may_be_recalled = verify(runner, coordination, batch, sums)
-    if may_be_recalled and isinstance(methods, Vectorised):
-        last.verified = Verified.of(rests_on, batch, methods)
-    return methods
+    if verified is None:
+        return verify_anew()
+    if batch.size == 2:
+        check_independence(runner, batch)
+    return Recalled.of(runner, verified, verify_anew)
 
 
 def _two_samples(batch: Batch) -> Batch:

@@ -1,6 +1,7 @@
 """Verifies the fast methods against the loop, on two samples of the first batch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from ewc.fisher.mixing import Runs, refuse_mixing
 from ewc.fisher.numerics import full_precision, is_half_precision
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.structure import Structures
-from ewc.fisher.paths.vectorised import Terms, Vectorised
+from ewc.fisher.paths.vectorised import Recorded, Terms, Vectorised
 from ewc.fisher.runner import Runner
 from ewc.fisher.terms import NoTensorOutputs, surrogate_terms
 from ewc.fisher.verified import Verified
@@ -58,38 +59,62 @@ def verify(
             each.zero_()
 
 
-def recall(runner: Runner, verified: Verified, batch: Batch) -> Vectorised | None:
-    """The fast methods that were verified before, if the model still makes the same calls.
+@dataclass(frozen=True)
+class Recalled:
+    """Fast methods that an earlier collection has verified; the first run must confirm them.
 
-    Args:
+    Attributes:
         runner: Runs the model.
-        verified: What an earlier collection has verified.
-        batch: One sample.
-
-    Returns:
-        None if it makes other calls, draws random numbers, or fails.
+        verified: What the earlier collection has verified.
+        methods: The fast methods.
+        verify: Verifies methods anew, as `verify` does.
     """
-    vectorised = _comparable(runner, Structures(in_lockstep=False))
-    before = runner.randomness.position, others()
-    try:
-        runner.record(vectorised, batch, {})
-    except Exception as error:  # the verification fails in the same way, and says why
-        interrupt = interruption(error)
-        if interrupt is not None:
-            raise interrupt from None
-        return None
-    finally:
-        after = runner.randomness.position, others()
+
+    runner: Runner
+    verified: Verified
+    methods: Vectorised
+    verify: Callable[[], Vectorised | str]
+
+    @classmethod
+    def of(
+        cls, runner: Runner, verified: Verified, verify: Callable[[], Vectorised | str]
+    ) -> "Recalled":
+        """The fast methods that an earlier collection has verified."""
+        methods = Vectorised(
+            runner.parameters,
+            runner.outputs,
+            runner.terms,
+            runner.samples_dim,
+            Structures(in_lockstep=False),
+            verified.needs,
+        )
+        return cls(runner, verified, methods, verify)
+
+    def confirmed_on(self, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded | None:
+        """Run forward, as `Runner.record` does.
+
+        Returns:
+            None if the model makes other calls than it did, draws random numbers, or fails.
+        """
+        runner = self.runner
+        before = runner.randomness.position, others()
+        try:
+            recorded = runner.record(self.methods, batch, sums)
+        except Exception as error:  # the verification fails in the same way, and says why
+            interrupt = interruption(error)
+            if interrupt is not None:
+                raise interrupt from None
+            return None
+        # Drawn targets come from the same stream, so that the model's own draws are not seen then.
+        # Those are no fault: the gradients of a sample belong to its own draws.
+        is_drawn = runner.fisher_type == "mc"
+        after = before[0] if is_drawn else runner.randomness.position, others()
+        is_shown = self.verified.is_shown_by(self.methods, runner.fisher_type)
+        if is_shown and are_same(before, after):
+            return recorded
         runner.randomness.position = before[0]
         runner.restore()
-    as_before = (
-        vectorised.calls == verified.calls
-        and vectorised.methods == verified.methods
-        and not vectorised.fallback
-        and not vectorised.reads
-        and are_same(before, after)
-    )
-    return _counting(runner, vectorised) if as_before else None
+        return None
 
 
 def _verify(

@@ -14,7 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 from ewc._options import FisherType, Method
 from ewc.data.batch import Batch
-from ewc.fisher.paths.vectorised import Vectorised
+from ewc.fisher.paths.vectorised import Needs, Vectorised
 from ewc.fisher.rules.registry import ALWAYS, DECOMPOSITIONS, RULES
 from ewc.model.reachable import Identity, Reachable, describe_tensor
 
@@ -28,20 +28,40 @@ class Verified:
     Attributes:
         basis: The code, the modules and the settings; see `basis`.
         batch: A batch of no samples; those that were verified had its structure and its shapes.
-        calls: The functions of PyTorch that the model calls in a run, in order.
+        calls: The functions of PyTorch that are called in a run, in order; those of the model alone
+            if targets are drawn, because other terms are verified then.
         methods: `"rule"` or `"vmap"`, by the name of each parameter that was used.
+        needs: The memory of a run.
     """
 
     basis: list[Hashable]
     batch: Batch
     calls: list[Callable[..., Any]]
     methods: dict[str, Method]
+    needs: Needs
 
     @classmethod
-    def of(cls, basis: list[Hashable], batch: Batch, vectorised: Vectorised) -> "Verified":
+    def of(
+        cls, basis: list[Hashable], batch: Batch, vectorised: Vectorised, fisher_type: FisherType
+    ) -> "Verified":
         """What was verified on a batch."""
         kind = batch.take(0, 0).copied()
-        return cls(basis, kind, vectorised.calls, dict(vectorised.methods))
+        calls = _calls(vectorised, fisher_type)
+        return cls(basis, kind, calls, dict(vectorised.methods), vectorised.needs)
+
+    def is_shown_by(self, vectorised: Vectorised, fisher_type: FisherType) -> bool:
+        """Whether the last run of some methods was like those that were verified."""
+        return (
+            _calls(vectorised, fisher_type) == self.calls
+            and vectorised.methods == self.methods
+            and not vectorised.fallback
+            and not vectorised.reads
+        )
+
+
+def _calls(vectorised: Vectorised, fisher_type: FisherType) -> list[Callable[..., Any]]:
+    of_terms = [] if fisher_type == "mc" else vectorised.calls_of_terms
+    return [*vectorised.calls_of_model, *of_terms]
 
 
 class LastVerification:

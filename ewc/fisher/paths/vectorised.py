@@ -37,6 +37,19 @@ Terms = Callable[[Any, tuple[Any, ...], int], Tensor]
 
 
 @dataclass(frozen=True)
+class Needs:
+    """The memory that a forward pass has taken.
+
+    Attributes:
+        expansion: Bytes of activations for each byte of inputs.
+        written_bytes: Bytes of the per-sample gradients that are written out, for one sample.
+    """
+
+    expansion: float = 1.0
+    written_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Recorded:
     """A forward pass, ready for its reverse pass.
 
@@ -71,6 +84,7 @@ class Vectorised:
         samples_dim: The dimension of the outputs along which `terms` takes those of a whole batch;
             None if it must see one sample at a time, inside `vmap`.
         structures: How effective weights depend on the parameters.
+        needs: What an earlier forward pass of the same model has taken.
 
     Attributes:
         terms: What is differentiated; another function while the methods are verified.
@@ -78,7 +92,9 @@ class Vectorised:
         methods: `"rule"` or `"vmap"`, by the name of each parameter that was used.
         fallback: Why a parameter falls back to the loop, by name.
         reads: Whether the model has read values out of a tensor, to branch on them.
-        calls: The functions of PyTorch that were called in the last forward pass.
+        calls_of_model: The functions of PyTorch that the model called in the last forward pass.
+        calls_of_terms: Those that `terms` called inside `vmap`.
+        needs: The memory that this pass has taken.
     """
 
     def __init__(
@@ -88,20 +104,19 @@ class Vectorised:
         terms: Terms,
         samples_dim: int | None,
         structures: Structures,
+        needs: Needs = Needs(),
     ) -> None:
         self.terms = terms
         self.samples_dim = samples_dim
         self.methods: dict[str, Method] = {}
         self.fallback: dict[str, str] = {}
         self.reads = False
-        self.calls: list[Callable[..., Any]] = []
+        self.calls_of_model: list[Callable[..., Any]] = []
+        self.calls_of_terms: list[Callable[..., Any]] = []
+        self.needs = needs
         self._parameters = dict(parameters)
         self._outputs = outputs
         self._structures = structures
-        self._expansion = (
-            1.0  # bytes of activations for each byte of inputs, in the last forward pass
-        )
-        self._written_bytes = 0
 
     def capacity(self, batch: Batch) -> int:
         """How many samples like those of a batch fit in the memory budget at once.
@@ -110,8 +125,8 @@ class Vectorised:
         """
         device = next(iter(self._parameters.values())).device.type
         budget = KEPT_BYTES.get(device, KEPT_BYTES_ELSEWHERE)
-        kept = self._expansion * batch.nbytes / batch.size
-        written = WRITTEN_BYTES // max(1, self._written_bytes)
+        kept = self.needs.expansion * batch.nbytes / batch.size
+        written = WRITTEN_BYTES // max(1, self.needs.written_bytes)
         return max(1, min(written, int(budget / max(1.0, kept))))
 
     def chunk_size(self, batch: Batch) -> int:
@@ -143,11 +158,11 @@ class Vectorised:
             for name in weight.parameters:
                 if copied or name not in self.methods:
                     self.methods[name] = "vmap" if copied else "rule"
-        self._expansion = mode.kept_bytes / max(1, batch.nbytes)
         assembly.begin(weights, is_hooked=mode.is_hooked)
-        self._written_bytes = mode.copied_bytes
+        written_bytes = mode.copied_bytes
         if self._structures.in_lockstep:
-            self._written_bytes += assembly.joint_bytes
+            written_bytes += assembly.joint_bytes
+        self.needs = Needs(mode.kept_bytes / max(1, batch.nbytes), written_bytes)
         return Recorded(assembly, terms.sum(1).unbind(0), found)
 
     def _run(self, batch: Batch, mode: PerSampleMode) -> Tensor:
@@ -158,13 +173,15 @@ class Vectorised:
             try:
                 with mode:
                     outputs, rest = self._outputs(batch.of_one(list(tensors)))
+                n_calls = len(mode.seen)
                 found: Tensor = mode.calls.current(outputs)
                 if dim is None:
                     with mode:
                         found = self.terms(found, rest, 1)
+                self.calls_of_model = mode.seen[:n_calls]
+                self.calls_of_terms = mode.seen[n_calls:]
                 return found
             finally:
-                self.calls = mode.seen
                 self.reads = self.reads or mode.calls.read
 
         run = torch.func.vmap(run_one, in_dims=tuple(batch.dims), randomness="different")
