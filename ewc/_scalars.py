@@ -11,7 +11,7 @@ def read(scalars: Sequence[Tensor]) -> list[Any]:
     """The values of 0-d tensors, on any devices; the host waits once, not once for each.
 
     Args:
-        scalars: Tensors of shape `[]`, all of them boolean or all of them real.
+        scalars: Tensors of shape `[]`, all of them boolean or all of them numbers.
     """
     if not scalars:
         return []

@@ -1,5 +1,6 @@
 """Which values of a model are not finite."""
 
+import cmath
 from collections.abc import Mapping
 
 import torch
@@ -25,16 +26,17 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     Where a sum is not, it may have overflowed: then the entries are looked at.
     """
     parts = {name: local(each.detach()) for name, each in tensors.items()}
-    seem = read([_seems_finite(part) for part in parts.values()])
-    unclear = [name for name, one in zip(parts, seem, strict=True) if not one]
+    summed = [name for name, part in parts.items() if _has_sum(part)]
+    sums = read([parts[name].sum() for name in summed])
+    clear = {name for name, one in zip(summed, sums, strict=True) if cmath.isfinite(one)}
+    unclear = [name for name in parts if name not in clear]
     finite = read([parts[name].isfinite().all() for name in unclear])
     return [name for name, one in zip(unclear, finite, strict=True) if not one]
 
 
-def _seems_finite(part: Tensor) -> Tensor:
-    # Narrow dtypes have no sum, or one that overflows soon.
-    has_sum = part.layout is torch.strided and part.element_size() >= 4
-    return part.sum().isfinite() if has_sum else part.isfinite().all()
+def _has_sum(part: Tensor) -> bool:
+    """Whether entries can be summed: narrow dtypes have no sum, or one that overflows soon."""
+    return part.layout is torch.strided and part.element_size() >= 4
 
 
 def diverged(model: nn.Module) -> list[str]:

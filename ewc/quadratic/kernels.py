@@ -122,12 +122,13 @@ class Blocks(Group):
         size = min(self._block, theta.numel())
         workspace = self._zero.new_empty(size)
         flat = self._zero.new_empty(theta.numel() if with_gradient else size)
+        parts = torch.split(theta, self._block)
+        gradients = torch.split(flat, self._block) if with_gradient else [flat] * len(parts)
         squares = []
-        for index, part in enumerate(torch.split(theta, self._block)):
-            precision, anchor = self._blocks[index]
-            size = part.numel()
-            start = index * self._block if with_gradient else 0
-            distance, gradient = workspace[:size], flat[start : start + size]
+        for part, gradient, (precision, anchor) in zip(parts, gradients, self._blocks, strict=True):
+            distance = workspace
+            if part.numel() < size:  # the last part
+                distance, gradient = workspace[: part.numel()], gradient[: part.numel()]
             torch.sub(part, anchor, out=distance)
             # strength * distance * precision in one operation.
             torch.addcmul(self._zero, distance, precision, value=strength, out=gradient)
