@@ -146,8 +146,10 @@ class DecayedMerging(Merging):
         if old is None:
             return Quadratic(fisher, anchor), None
         anchor = anchor.to(old.anchor.dtype)  # never narrowed
-        merged = torch.add(fisher, old.grown(anchor).fisher, alpha=self._decay)
-        return Quadratic(merged, anchor), None
+        earlier = old.grown(anchor).fisher
+        # In the memory of `fisher`, unless a loaded state is wider.
+        merged = fisher.to(torch.promote_types(fisher.dtype, earlier.dtype))
+        return Quadratic(merged.add_(earlier, alpha=self._decay), anchor), None
 
     @override
     def not_collected(self, old: Quadratic) -> Quadratic:

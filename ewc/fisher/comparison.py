@@ -27,7 +27,7 @@ def differing(
     sums.
 
     Args:
-        found: Sums by name.
+        found: Sums by name, overwritten: no new memory has to be filled.
         expected: What they should be.
         scales: For each of `expected`, its largest entry.
         is_half: Whether the model computes in half precision.
@@ -39,7 +39,7 @@ def differing(
             8 * torch.finfo(torch.bfloat16).eps if is_half else 100 * torch.finfo(right.dtype).eps
         )
         bound = share * scale + rounding**2 * max(scales)
-        beyond.append(_farthest(found[name] - right) > bound)
+        beyond.append(_farthest(found[name].sub_(right)) > bound)
     return {name for name, one in zip(expected, read(beyond), strict=True) if one}
 
 

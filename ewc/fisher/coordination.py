@@ -63,7 +63,13 @@ class Coordination(Protocol):
     def differing(
         self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, is_half: bool
     ) -> set[str]:
-        """The names whose sums differ by more than rounding, in half precision or in full."""
+        """The names whose sums differ by more than rounding; overwrites `found`.
+
+        Args:
+            found: Sums by name.
+            expected: What they should be.
+            is_half: Whether the model computes in half precision.
+        """
         ...
 
     def are_finite(self, sums: Mapping[str, Tensor]) -> Tensor:

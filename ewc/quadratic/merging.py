@@ -23,8 +23,8 @@ class Merging:
 
         Args:
             old: The quadratic before the task, if there was one.
-            fisher: The Fisher of the task, of the parameter's shape.
-            anchor: The parameter's values at the end of the task.
+            fisher: The Fisher of the task, of the parameter's shape; its memory may be used.
+            anchor: The parameter's values at the end of the task; likewise.
 
         Returns:
             The quadratic, and by how much its constant must still be increased, if at all.
@@ -56,7 +56,7 @@ class Merging:
             model: The unwrapped model.
             quadratics: The quadratics before the task.
             parameters: The parameters that the task has collected; their values are its anchor.
-            fisher: The Fisher of the task, for each of `parameters`.
+            fisher: The Fisher of the task, for each of `parameters`; its memory may be used.
         """
         found: dict[str, Quadratic] = {}
         rises: dict[str, Tensor] = {}
