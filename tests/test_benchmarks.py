@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from ewc import EWC, Classification
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
@@ -101,6 +103,50 @@ class TestHarness:
             assert page.read_text() == ("before\n<!-- x: begin -->\nnew\n<!-- x: end -->\nafter\n")
         with pytest.raises(ValueError, match="once each"):
             harness.write("y", "new", page)
+
+
+class TestReplay:
+    def test_the_same_operations_are_run_on_the_same_tensors(self) -> None:
+        replay = importlib.import_module("_replay").replay
+        torch.manual_seed(0)
+        layer, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+        total, found = torch.zeros(2, 3), []
+
+        def run() -> None:
+            first, second = layer(x).split(1, 1)
+            loss = (first * second).sum().add_(1)
+            (gradient,) = torch.autograd.grad(loss, [layer.weight])
+            total.add_(gradient)
+
+        run()
+        once = total.clone()
+        again = replay(run)
+        for times in (3, 4):
+            again()
+            found.append(total / once)
+            torch.testing.assert_close(found[-1], torch.full_like(total, times))
+
+    def test_a_consolidation_adds_the_same_squares(self) -> None:
+        models, one_batch = (importlib.import_module(name) for name in ("_models", "one_batch"))
+        workload = next(each for each in models.WORKLOADS if "LSTM" in each.name)
+        model, sums = workload.build().eval(), []
+        batch = models.part(workload.data(1)[0], 0, 3)
+
+        class Kept(one_batch.Accumulator):  # type: ignore[misc]
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                sums.append(self.sums)
+
+        with pytest.MonkeyPatch.context() as patches:
+            patches.setattr("ewc.fisher.collection.Accumulator", Kept)
+            again = one_batch.operations_of_a_batch(
+                lambda: EWC(model, Classification()).consolidate([batch])
+            )
+        (own,) = sums
+        before = {name: each.clone() for name, each in own.items()}
+        again()
+        for name, each in own.items():
+            torch.testing.assert_close(each - before[name], before[name] * 3, rtol=1e-4, atol=1e-9)
 
 
 class TestPage:

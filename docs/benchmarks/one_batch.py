@@ -1,7 +1,9 @@
 """What a consolidation costs once, what that is spent on, and what one more batch costs.
 
 The unit is an ordinary forward and backward of one batch. A first consolidation verifies its
-methods; a further one of the same object does so only if something has changed.
+methods; a further one of the same object does so only if something has changed. Beside each time
+stand two that no change of the library's own code can go below: its operations of PyTorch as
+straight code, and its runs of the model by PyTorch alone.
 """
 
 from __future__ import annotations
@@ -18,20 +20,23 @@ import _harness
 import torch
 from _harness import interleave, number, table
 from _models import WORKLOADS, Batch, Workload, gradients, outputs, part
+from _replay import replay
 from torch import nn
 
 from ewc import EWC, Classification, OnlineEWC
 from ewc._consolidation import Estimate
 from ewc.fisher import collection
 from ewc.fisher.accumulation import Accumulator
+from ewc.fisher.batches import Bundle
 
 UNIT, FIRST, FURTHER, FEW, MANY = "ordinary", "first", "further", "few", "many"
 FEW_ALONE, MANY_ALONE = "few, one by one", "many, one by one"
 FIRST_RUNS, FURTHER_RUNS = "runs of a first", "runs of a further"
+FIRST_OPERATIONS, FURTHER_OPERATIONS = "operations of a first", "operations of a further"
+OPERATIONS = "operations of a batch"
 
 PARTS: dict[str, tuple[Any, str]] = {
     "the verification of the methods": (collection, "verify"),
-    "one sample, to see whether the model makes the verified calls": (collection, "recall"),
     "two samples, to see whether they are independent": (collection, "check_independence"),
     "the batch": (Accumulator, "add"),
     "the search for changes": (collection, "reachable"),
@@ -55,11 +60,24 @@ def runs_of_a_first(model: nn.Module, batch: Batch) -> None:
 def runs_of_a_further(model: nn.Module, batch: Batch) -> None:
     """The runs of a further consolidation, by PyTorch alone.
 
-    Two samples together and each by itself, one sample by the fast methods, and the batch.
+    Two samples together and each by itself, and the batch.
     """
-    for start, stop in ((0, 2), (0, 1), (1, 2), (0, 1)):
+    for start, stop in ((0, 2), (0, 1), (1, 2)):
         outputs(model, part(batch, start, stop))
     gradients(model, batch)
+
+
+def operations_of_a_batch(consolidate: Callable[[], object]) -> Callable[[], None]:
+    """The operations of one batch of a consolidation, without the verification of its methods."""
+    found: list[Callable[[], None]] = []
+    add = Accumulator.add
+
+    def record(self: Accumulator, bundle: Bundle) -> None:
+        found.append(replay(lambda: add(self, bundle)))
+
+    with patch.object(Accumulator, "add", record):
+        consolidate()
+    return found[0]
 
 
 def _timed(title: str, call: Callable[..., Any], seconds: dict[str, float]) -> Callable[..., Any]:
@@ -120,10 +138,14 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> tuple[list[str
         """A generator's batches are not run together."""
         return lambda: EWC(model, Classification()).consolidate(iter(batches[:count]))
 
+    further()
     calls: dict[str, Callable[[], object]] = {
         UNIT: lambda: gradients(model, batches[0]),
         FIRST: first(1),
         FURTHER: further,
+        FIRST_OPERATIONS: replay(first(1)),
+        FURTHER_OPERATIONS: replay(further),
+        OPERATIONS: operations_of_a_batch(first(1)),
         FIRST_RUNS: lambda: runs_of_a_first(model, batches[0]),
         FURTHER_RUNS: lambda: runs_of_a_further(model, batches[0]),
         FEW: first(few),
@@ -144,8 +166,13 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> tuple[list[str
     ]
     costs = [
         number(1e3 * unit),
-        *(number(timings.ratio(call, UNIT)) for call in (FIRST, FIRST_RUNS, FURTHER, FURTHER_RUNS)),
+        *(number(timings.ratio(call, UNIT)) for call in (FIRST, FIRST_OPERATIONS, FIRST_RUNS)),
+        *(
+            number(timings.ratio(call, UNIT))
+            for call in (FURTHER, FURTHER_OPERATIONS, FURTHER_RUNS)
+        ),
         more(FEW_ALONE, MANY_ALONE),
+        number(timings.ratio(OPERATIONS, UNIT)),
         more(FEW, MANY),
     ]
     return costs, spent
@@ -162,10 +189,13 @@ def report(arguments: argparse.Namespace) -> str:
     costs = [
         "forward + backward of one batch, ms",
         "a first consolidation of one batch",
+        "its operations alone",
         "its runs by PyTorch alone",
         "a further one of the same object",
+        "its operations alone",
         "its runs by PyTorch alone",
         "one more batch of a generator, which is run by itself",
+        "its operations alone",
         "one more batch of a list, run together with others if it is small",
     ]
     spent = [f"{which}: {each}" for which in (FIRST, FURTHER) for each in (*PARTS, "the rest")]
@@ -188,8 +218,10 @@ def report(arguments: argparse.Namespace) -> str:
             f"{_harness.machine('transformers')}. Medians of the ratios of {arguments.rounds} "
             "interleaved rounds. *One more batch*: the difference between a pass over all batches "
             "of [collection](#collection) and one over a quarter of them, for each batch. *Its "
-            "runs by PyTorch alone*: the model on the same samples, as often, with ordinary "
-            "gradients.",
+            "operations alone*: the same operations of PyTorch on tensors of the same shapes, one "
+            "after the other as straight code, without the Python of the library and the model, "
+            "`vmap` and autograd. *Its runs by PyTorch alone*: the model on the same samples, as "
+            "often, with ordinary gradients.",
         ]
     )
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ewc.fisher.collection as collection
-from ewc import EWC, Classification, Custom, OnlineEWC
+from ewc import EWC, Classification, Custom, InvalidBatch, OnlineEWC
+from ewc.fisher.paths import vectorised
 from tests import oracle
 from tests.support.tasks import CLASSES, INPUTS, make_model, make_task, shift
 
@@ -257,6 +258,60 @@ def test_a_task_of_one_class_does_not_show_that_classes_are_compared() -> None:
     regularizer.consolidate([(x, torch.zeros_like(y)) for x, y in make_task()])
     with pytest.raises(ValueError, match="compare"):
         regularizer.consolidate(make_task())
+
+
+@pytest.mark.parametrize("kept_bytes", [1000, 2**26])
+@pytest.mark.parametrize("fisher_type", ["empirical", "exact", "mc"])
+def test_the_first_run_that_counts_shows_other_calls(
+    fisher_type: Any, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it holds a part of a batch or several batches; its squares are added once."""
+    monkeypatch.setitem(vectorised.KEPT_BYTES, "cpu", kept_bytes)
+    found = []
+    for began_with_tanh in (False, True):
+        model, regularizer = make(
+            OnlineEWC, decay=0.0, prior_precision=1.0, fisher_type=fisher_type
+        )
+        monkeypatch.setitem(ENVIRONMENT, "tanh", began_with_tanh)
+        regularizer.consolidate(make_task(0))
+        shift(model)
+        monkeypatch.setitem(ENVIRONMENT, "tanh", True)
+        generator = torch.Generator().manual_seed(1)
+        regularizer.consolidate(make_task(1, size=20), generator=generator)
+        found.append(regularizer.fisher)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("row", [0, 5])
+def test_an_error_in_a_recalled_run_names_its_batch(row: int) -> None:
+    _, regularizer = make()
+    regularizer.consolidate(make_task())
+    before = regularizer.fisher
+    batches = make_task(1, size=9)
+    batches[-1][1][row] = CLASSES
+    with pytest.raises(InvalidBatch, match=f"batch {len(batches) - 1}"):
+        regularizer.consolidate(batches)
+    torch.testing.assert_close(regularizer.fisher, before, rtol=0, atol=0)
+    regularizer.consolidate(make_task())
+
+
+class Dropping(Model):
+    """Draws as soon as it is told to, by the same calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.body(x), 1e-6, training=bool(self.look("draws")))
+        outputs: Tensor = self.head(h)
+        return outputs
+
+
+def test_a_model_that_begins_to_draw_is_verified(
+    verified: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regularizer = EWC(Dropping(), Classification())
+    regularizer.consolidate(make_task())
+    monkeypatch.setitem(ENVIRONMENT, "draws", True)
+    regularizer.consolidate(make_task())
+    assert len(verified) == 2
 
 
 def test_other_calls_of_a_likelihood_are_verified(verified: list[str]) -> None:
