@@ -6,9 +6,10 @@ Each peer is used as its documentation says, on a copy of the model, in the form
 from __future__ import annotations
 
 import copy
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from _models import Batch, losses, outputs, part, size
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ewc import EWC, Classification
+
+Kind = TypeVar("Kind", bound="Contender")
 
 
 class Contender(ABC):
@@ -92,13 +95,20 @@ class OneByOne(_Summing):
 class VmapGrad(_Summing):
     """PyTorch's own `torch.func`, a few samples at a time.
 
-    A chunk of all samples writes all their gradients out; smaller ones stay in cache. `chunk` is
-    tuned by whoever times it.
+    A chunk of all samples writes all their gradients out; smaller ones stay in cache.
     """
 
     title = "`vmap(grad)`"
     chunks = (None, 16, 4)
     chunk: int | None = None
+
+    def tune(self, batches: Sequence[Batch]) -> None:
+        """Choose the fastest chunk."""
+        took = {}
+        for chunk in self.chunks:
+            self.chunk = chunk
+            took[chunk] = seconds(self, batches)
+        self.chunk = min(took, key=took.__getitem__)
 
     def batch(self, batch: Batch) -> Mapping[str, Tensor]:
         """Squares of the gradients of all samples, written out a chunk at a time."""
@@ -287,6 +297,14 @@ DISTRIBUTIONS = (
 )
 
 
-def fresh(kind: type[Contender], model: nn.Module) -> Contender:
+def fresh(kind: type[Kind], model: nn.Module) -> Kind:
     """A contender with a copy of the model of its own."""
     return kind(copy.deepcopy(model))
+
+
+def seconds(contender: Contender, batches: Sequence[Batch]) -> float:
+    """The seconds that a second pass takes."""
+    contender.run(batches)
+    start = time.perf_counter()
+    contender.run(batches)
+    return time.perf_counter() - start

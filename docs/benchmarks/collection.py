@@ -7,7 +7,6 @@ loss. Every contender's result is compared with one sample at a time before it i
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,7 +67,7 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> Result:
             reasons[kind.title] = f"wrong result, off by {100 * error:.0f} %"
             continue
         if isinstance(contender, _peers.VmapGrad):
-            _tune(contender, batches)
+            contender.tune(batches[:1])
         some = batches if kind is _peers.Consolidation else _affordable(contender, batches)
         runs[kind.title] = len(some)
         calls[kind.title] = partial(contender.run, some)
@@ -98,26 +97,10 @@ def _error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     )
 
 
-def _tune(contender: _peers.VmapGrad, batches: list[Batch]) -> None:
-    """Choose the fastest chunk."""
-    seconds = {}
-    for chunk in contender.chunks:
-        contender.chunk = chunk
-        seconds[chunk] = _seconds(contender, batches[:1])
-    contender.chunk = min(seconds, key=seconds.__getitem__)
-
-
 def _affordable(contender: _peers.Contender, batches: list[Batch]) -> list[Batch]:
     """As many batches as a slow contender has time for."""
-    count = int(BUDGET / _seconds(contender, batches[:1]))
+    count = int(BUDGET / _peers.seconds(contender, batches[:1]))
     return batches[: max(1, min(len(batches), count))]
-
-
-def _seconds(contender: _peers.Contender, batches: list[Batch]) -> float:
-    contender.run(batches)
-    start = time.perf_counter()
-    contender.run(batches)
-    return time.perf_counter() - start
 
 
 def report(arguments: argparse.Namespace) -> str:

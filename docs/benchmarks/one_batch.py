@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import _harness
+import _peers
 import torch
 from _harness import interleave, number, table
 from _models import WORKLOADS, Batch, Workload, gradients, outputs, part
@@ -33,7 +34,7 @@ UNIT, FIRST, FURTHER, FEW, MANY = "ordinary", "first", "further", "few", "many"
 FEW_ALONE, MANY_ALONE = "few, one by one", "many, one by one"
 FIRST_RUNS, FURTHER_RUNS = "runs of a first", "runs of a further"
 FIRST_OPERATIONS, FURTHER_OPERATIONS = "operations of a first", "operations of a further"
-OPERATIONS = "operations of a batch"
+OPERATIONS, VMAP_GRAD = "operations of a batch", "vmap(grad)"
 
 PARTS: dict[str, tuple[Any, str]] = {
     "the verification of the methods": (collection, "verify"),
@@ -139,6 +140,8 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> tuple[list[str
         return lambda: EWC(model, Classification()).consolidate(iter(batches[:count]))
 
     further()
+    peer = _peers.fresh(_peers.VmapGrad, model)
+    peer.tune(batches[:1])
     calls: dict[str, Callable[[], object]] = {
         UNIT: lambda: gradients(model, batches[0]),
         FIRST: first(1),
@@ -152,6 +155,7 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> tuple[list[str
         MANY: first(many),
         FEW_ALONE: alone(few),
         MANY_ALONE: alone(many),
+        VMAP_GRAD: lambda: peer.run(batches[:1]),
     }
     timings = interleave(calls, arguments.rounds)
 
@@ -173,6 +177,7 @@ def measure(workload: Workload, arguments: argparse.Namespace) -> tuple[list[str
         ),
         more(FEW_ALONE, MANY_ALONE),
         number(timings.ratio(OPERATIONS, UNIT)),
+        number(timings.ratio(VMAP_GRAD, UNIT)),
         more(FEW, MANY),
     ]
     return costs, spent
@@ -196,6 +201,7 @@ def report(arguments: argparse.Namespace) -> str:
         "its runs by PyTorch alone",
         "one more batch of a generator, which is run by itself",
         "its operations alone",
+        "the same batch by `vmap(grad)`",
         "one more batch of a list, run together with others if it is small",
     ]
     spent = [f"{which}: {each}" for which in (FIRST, FURTHER) for each in (*PARTS, "the rest")]
