@@ -7,6 +7,7 @@ round after round, and what is reported is the median over rounds of the ratio w
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import math
 import os
@@ -177,6 +178,21 @@ def machine(*libraries: str) -> str:
         f"{_processor()} ({vectors}), {cores} cores, {torch.get_num_threads()} threads; "
         + ", ".join(versions)
     )
+
+
+def keep_freed_memory() -> bool:
+    """Let the allocator of glibc keep all memory that is freed; whether it is that allocator.
+
+    Else it may return memory to the kernel, which clears every page before it hands it out again.
+    When that happens depends on what else lies in memory, and it may take longer than what is
+    measured.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(set_option(mmap_threshold, 2**25) and set_option(trim_threshold, 2**30))
 
 
 def _processor() -> str:

@@ -37,13 +37,17 @@ class _Operations(TorchDispatchMode):
         found = func(*args, **kwargs)
         given = [self._written(each) for each in args]
         given += [f"{name}={self._written(each)}" for name, each in kwargs.items()]
-        used = {self._names[id(x)] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        used = self.names((args, kwargs))
         outputs = found if isinstance(found, (tuple, list)) else [found]
         names = [self._new(each) for each in outputs]
         targets = ", ".join(names) + "," * isinstance(found, (tuple, list))
         call = f"{self._value(func)}({', '.join(given)})"
         self.lines.append((f"{targets} = {call}" if names else call, used, set(names) - {"_"}))
         return found
+
+    def names(self, tree: Any) -> set[str]:
+        """The names of the tensors in some lists or tuples."""
+        return {self._names[id(x)] for x in tree_leaves(tree) if id(x) in self._names}
 
     def _new(self, output: Any) -> str:
         """The name for an output; `_` if it is no tensor, or an argument that was written to."""
@@ -72,13 +76,17 @@ class _Operations(TorchDispatchMode):
 
 
 def replay(run: Callable[[], object]) -> Callable[[], None]:
-    """A function that runs the same operations on the same tensors; each is freed after its use."""
+    """A function that runs the same operations on the same tensors.
+
+    A tensor is freed after its last use, one that `run` returns at the end.
+    """
     with _Operations() as seen:
-        run()
+        returned = seen.names(run())
     last = {name: at for at, (_, used, made) in enumerate(seen.lines) for name in used | made}
     source = ["def again():"]
     for at, (line, used, made) in enumerate(seen.lines):
-        done = sorted(n for n in used | made if last[n] == at and n not in seen.values)
+        dead = {name for name in used | made if last[name] == at}
+        done = sorted(dead - seen.values.keys() - returned)
         source.append(f"    {line}" + (f"; del {', '.join(done)}" if done else ""))
     space = dict(seen.values)
     exec("\n".join(source), space)

@@ -17,12 +17,14 @@ from functools import partial
 import _harness
 import torch
 from _harness import ALONE, Timings, autograd_alone, interleave, number, table
+from _replay import replay
 from torch import Tensor, nn
 
 from ewc import EWC, Custom
 
 LIMIT = "memory limit: read three arrays, write one"
 ADAMW = "AdamW step, default"
+OPERATIONS = "its operations alone"
 STRENGTH = 100.0
 DISTINCT = 10
 """Different tasks; a longer sequence goes through them again."""
@@ -140,8 +142,10 @@ def measure(layout: Layout, counts: Sequence[int], rounds: int) -> Timings[str]:
     calls[ALONE] = partial(_value_and_gradient, partial(autograd_alone, parameters), parameters)
     for count, ewc in tasks.protected(counts).items():
         check(ewc(), tasks.plain(count), parameters)
-        calls[_title("**ewc**", count)] = partial(_value_and_gradient, ewc, parameters)
+        run = partial(_value_and_gradient, ewc, parameters)
+        calls[_title("**ewc**", count)] = run
         if count == counts[0]:
+            calls[OPERATIONS] = replay(run)
             point = partial(ewc, dict(tasks.model.named_parameters()))
             calls[f"{_title('**ewc**', count)}, `at=` a point"] = partial(
                 _value_and_gradient, point, parameters
@@ -196,6 +200,7 @@ def _title(what: str, count: int) -> str:
 
 def report(arguments: argparse.Namespace) -> str:
     """A table for each layout, as Markdown."""
+    keeps = not arguments.default_allocator and _harness.keep_freed_memory()
     parts = []
     for layout in QUICK if arguments.quick else LAYOUTS:
         timings = measure(layout, arguments.tasks, arguments.rounds)
@@ -217,13 +222,17 @@ def report(arguments: argparse.Namespace) -> str:
             table(["value and gradient", "ms", "memory limit = 1", "AdamW step = 1"], rows),
         ]
     parts.append(
-        f"{_harness.machine()}. Medians of the ratios of {arguments.rounds} interleaved rounds."
+        f"{_harness.machine()}. Medians of the ratios of {arguments.rounds} interleaved rounds. "
+        + f"The allocator {'keeps' if keeps else 'may return'} memory that is freed."
     )
     return "\n\n".join(parts)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument(
+        "--default-allocator", action="store_true", help="it may return memory to the kernel"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
