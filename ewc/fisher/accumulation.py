@@ -65,9 +65,8 @@ class Accumulator:
         """Whether the loop took more than a few runs for each batch, on average."""
         return self._single_runs > A_FEW * self._batches
 
-    @property
     def vectorised(self) -> Vectorised | None:
-        """The fast methods, if there are any."""
+        """The fast methods, if there are any now."""
         if isinstance(self._methods, Recalled):
             return self._methods.methods
         return None if isinstance(self._methods, str) else self._methods
@@ -106,7 +105,10 @@ class Accumulator:
         self._refuse_non_finite(waiting=0)
 
     def _use(self, methods: Vectorised | Recalled | str) -> None:
+        """Use these methods from now on; unless they are to be confirmed, draws are known."""
         self._methods = methods
+        if not isinstance(methods, Recalled):
+            self._runner.randomness.expect_as_seen()
         if isinstance(methods, Vectorised):
             self._used = methods.methods
 
@@ -130,21 +132,20 @@ class Accumulator:
         """
         if not chunk.vectorisable:
             return dict.fromkeys(self.sums, OBJECTS)
-        if isinstance(self._methods, Recalled):
-            recorded = self._methods.confirmed_on(chunk, own_sums)
-            self._use(self._methods.verify() if recorded is None else self._methods.methods)
-            if recorded is None:
-                return self._add_vectorised(chunk, own_sums)
-            self._runner.reverse(recorded)
-            return {}
-        if isinstance(self._methods, str):
-            return dict.fromkeys(self.sums, self._methods)
-        record = partial(self._runner.record, self._methods, chunk, own_sums)
+        vectorised = self.vectorised()
+        if vectorised is None:
+            return dict.fromkeys(self.sums, str(self._methods))
+        recalled = self._methods if isinstance(self._methods, Recalled) else None
+        record = partial(self._runner.record, vectorised, chunk, own_sums)
         try:
+            if recalled is not None:
+                recalled.begin()
             recorded = record()
         except InvalidBatch:
             raise
         except DivergentBranches as divergence:
+            if recalled is not None:
+                return self._verify_and_add(recalled, chunk, own_sums)
             groups = self._coordination.groups(divergence, chunk)
             for group in groups:
                 self._add_chunk(chunk.pick(group), own_sums)
@@ -152,10 +153,27 @@ class Accumulator:
         except Exception as error:  # perhaps from a branch that only these samples take
             if self._coordination.is_lockstep:
                 raise
-            self._methods = confirmed(error, record)
-            return dict.fromkeys(self.sums, self._methods)
+            reason = confirmed(error, record)
+            if recalled is not None:
+                return self._verify_and_add(recalled, chunk, own_sums)
+            self._methods = reason
+            return dict.fromkeys(self.sums, reason)
+        if recalled is not None and not recalled.is_confirmed():
+            del recorded
+            return self._verify_and_add(recalled, chunk, own_sums)
         self._runner.reverse(recorded)
-        return self._methods.fallback
+        if recalled is not None:
+            self._use(vectorised)
+        return vectorised.fallback
+
+    def _verify_and_add(
+        self, recalled: Recalled, chunk: Batch, own_sums: Mapping[str, Tensor]
+    ) -> dict[str, str]:
+        """Verify the methods anew, whose runs may need more memory, and add the squares."""
+        self._use(recalled.verify())
+        for part in self._coordination.chunks(chunk, self.vectorised):
+            self._add_chunk(part, own_sums)
+        return {}
 
     def _refuse_non_finite(self, waiting: int) -> None:
         """Refuse squares that are not finite, in all but the last `waiting` bundles.

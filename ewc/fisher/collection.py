@@ -170,7 +170,6 @@ def _run(
                 guard.empty_caches(lambda: runner.outputs(one.raw))
         methods = _methods(runner, coordination, verified_on, sums, rests_on, last)
     coordination.end_verification()
-    runner.randomness.expect_as_seen()
     accumulator = Accumulator(runner, coordination, sums, methods)
     remaining = batches if first is None else chain([first], batches)
     # A first batch of one sample does not show whether the model mixes samples. Bundled batches of
@@ -216,7 +215,7 @@ def _methods(
         return verify_anew()
     if batch.size == 2:
         check_independence(runner, batch)
-    return Recalled.of(runner, verified, verify_anew)
+    return Recalled(runner, verified, verify_anew)
 
 
 def _two_samples(batch: Batch) -> Batch:

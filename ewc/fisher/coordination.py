@@ -3,7 +3,7 @@
 There are two ways: `Independent` here, and `LockStep` of `fisher/sharded` for sharded models.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -22,6 +22,10 @@ A_FEW = 4
 """Up to this many runs of single samples for a batch, or groups of samples, are not slow."""
 
 
+InUse = Callable[[], Vectorised | None]
+"""Gives the fast methods that are in use now; None if all parameters fall back to the loop."""
+
+
 class Coordination(Protocol):
     """What differs between one process and several that run a sharded model together."""
 
@@ -37,12 +41,12 @@ class Coordination(Protocol):
         ...
 
     def bundles(
-        self, reading: Reading, batches: Iterable[Batch], vectorised: Vectorised | None
+        self, reading: Reading, batches: Iterable[Batch], vectorised: InUse
     ) -> Iterator[Bundle | None]:
         """The bundles to run, in order; None for a run that does not count."""
         ...
 
-    def chunks(self, batch: Batch, vectorised: Vectorised | None) -> Iterator[Batch]:
+    def chunks(self, batch: Batch, vectorised: InUse) -> Iterator[Batch]:
         """The parts of a batch that are run at once."""
         ...
 
@@ -97,23 +101,25 @@ class Independent:
         """Nothing to do."""
 
     def bundles(
-        self, reading: Reading, batches: Iterable[Batch], vectorised: Vectorised | None
+        self, reading: Reading, batches: Iterable[Batch], vectorised: InUse
     ) -> Iterator[Bundle | None]:
         """The batches, small ones bundled if no parameter falls back to the loop."""
 
         def capacity(batch: Batch) -> int:
-            if vectorised is None or vectorised.fallback or not batch.vectorisable:
+            methods = vectorised()
+            if methods is None or methods.fallback or not batch.vectorisable:
                 return 0
-            return vectorised.capacity(batch)
+            return methods.capacity(batch)
 
         return bundled(reading, self._looking_for_failures(batches), capacity)
 
-    def chunks(self, batch: Batch, vectorised: Vectorised | None) -> Iterator[Batch]:
+    def chunks(self, batch: Batch, vectorised: InUse) -> Iterator[Batch]:
         """Equal parts that fit in memory."""
         start = 0
         while start < batch.size:
             self._ranks.look_for_failures()
-            size = batch.size if vectorised is None else vectorised.chunk_size(batch)
+            methods = vectorised()
+            size = batch.size if methods is None else methods.chunk_size(batch)
             stop = min(start + size, batch.size)
             yield batch.take(start, stop)
             start = stop

@@ -1,14 +1,13 @@
 """Verifies the fast methods against the loop, on two samples of the first batch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ewc._refusals import described, pattern
-from ewc._restoring import interruption
 from ewc.data.batch import Batch
 from ewc.data.objects import ObjectsRead
 from ewc.errors import InvalidBatch
@@ -19,11 +18,11 @@ from ewc.fisher.mixing import Runs, refuse_mixing
 from ewc.fisher.numerics import full_precision, is_half_precision
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.structure import Structures
-from ewc.fisher.paths.vectorised import Recorded, Terms, Vectorised
+from ewc.fisher.paths.vectorised import Terms, Vectorised
 from ewc.fisher.runner import Runner
 from ewc.fisher.terms import NoTensorOutputs, surrogate_terms
 from ewc.fisher.verified import Verified
-from ewc.model.randomness import are_same, others
+from ewc.model.randomness import Others, States, are_same, others
 
 OBJECTS = "a batch holds lists of objects only, which vmap cannot split"
 _NO_TENSOR = "targets are drawn, and the model returns no tensor to verify vmap on"
@@ -59,62 +58,67 @@ def verify(
             each.zero_()
 
 
-@dataclass(frozen=True)
 class Recalled:
     """Fast methods that an earlier collection has verified; the first run must confirm them.
 
-    Attributes:
+    Args:
         runner: Runs the model.
         verified: What the earlier collection has verified.
+        verify: Verifies methods anew, as the function `verify` does.
+
+    Attributes:
         methods: The fast methods.
-        verify: Verifies methods anew, as `verify` does.
+        verify: As above.
     """
 
-    runner: Runner
-    verified: Verified
-    methods: Vectorised
-    verify: Callable[[], Vectorised | str]
-
-    @classmethod
-    def of(
-        cls, runner: Runner, verified: Verified, verify: Callable[[], Vectorised | str]
-    ) -> "Recalled":
-        """The fast methods that an earlier collection has verified."""
-        methods = Vectorised(
+    def __init__(
+        self, runner: Runner, verified: Verified, verify: Callable[[], Vectorised | str]
+    ) -> None:
+        self.verify = verify
+        self._runner = runner
+        self._verified = verified
+        self._start = self._after_model = self._states()
+        self._is_confirmed = False
+        self.methods = Vectorised(
             runner.parameters,
-            runner.outputs,
+            self._outputs,
             runner.terms,
             runner.samples_dim,
             Structures(in_lockstep=False),
             verified.needs,
         )
-        return cls(runner, verified, methods, verify)
 
-    def confirmed_on(self, batch: Batch, sums: Mapping[str, Tensor]) -> Recorded | None:
-        """Run forward, as `Runner.record` does.
+    def begin(self) -> None:
+        """Begin a run of the methods."""
+        self._start = self._states()
 
-        Returns:
-            None if the model makes other calls than it did, draws random numbers, or fails.
+    def is_confirmed(self) -> bool:
+        """Whether the run made the verified calls and drew no random numbers.
+
+        If not, the model and the random stream are set back, as if there had been no run.
         """
-        runner = self.runner
-        before = runner.randomness.position, others()
-        try:
-            recorded = runner.record(self.methods, batch, sums)
-        except Exception as error:  # the verification fails in the same way, and says why
-            interrupt = interruption(error)
-            if interrupt is not None:
-                raise interrupt from None
-            return None
-        # Drawn targets come from the same stream, so that the model's own draws are not seen then.
-        # Those are no fault: the gradients of a sample belong to its own draws.
-        is_drawn = runner.fisher_type == "mc"
-        after = before[0] if is_drawn else runner.randomness.position, others()
-        is_shown = self.verified.is_shown_by(self.methods, runner.fisher_type)
-        if is_shown and are_same(before, after):
-            return recorded
-        runner.randomness.position = before[0]
-        runner.restore()
-        return None
+        runner = self._runner
+        # Drawn targets come from the same stream: then only what the model has drawn counts.
+        end = self._after_model if runner.fisher_type == "mc" else self._states()
+        is_shown = self._verified.is_shown_by(self.methods, runner.fisher_type)
+        self._is_confirmed = is_shown and are_same(self._start, end)
+        if not self._is_confirmed:
+            self.drop()
+        return self._is_confirmed
+
+    def drop(self) -> None:
+        """Set back the model and the random stream after a run that does not count."""
+        self._runner.randomness.position = self._start[0]
+        self._runner.restore()
+
+    def _outputs(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
+        found = self._runner.outputs(raw)
+        if not self._is_confirmed:
+            self._after_model = self._runner.randomness.within_stream(), others()
+        return found
+
+    def _states(self) -> tuple[States, Others]:
+        return self._runner.randomness.position, others()
 
 
 def _verify(

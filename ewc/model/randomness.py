@@ -46,6 +46,7 @@ class Randomness:
             if device.type not in ("cpu", "meta")
         ]
         self._stream = self._states()
+        self._read = self._states
         self._before = (self._stream, others())
         self._generator = generator
         self._generator_before = None if generator is None else generator.get_state()
@@ -99,9 +100,14 @@ class Randomness:
             advanced = True
 
         with self._in_place(self._stream) if self._is_alone else self._beside() as states:
+            self._read = states
             yield advance
             if advanced:
                 self._stream = states()
+
+    def within_stream(self) -> States:
+        """Where the stream stands in the midst of a run."""
+        return self._read()
 
     def expect_as_seen(self) -> None:
         """Expect draws from now on only if there were some, in runs that are like all others."""

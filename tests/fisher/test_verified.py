@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ewc.fisher.collection as collection
-from ewc import EWC, Classification, Custom, InvalidBatch, OnlineEWC
+from ewc import EWC, Classification, Custom, InvalidBatch, Likelihood, OnlineEWC
 from ewc.fisher.paths import vectorised
 from tests import oracle
 from tests.support.tasks import CLASSES, INPUTS, make_model, make_task, shift
 
-ENVIRONMENT = {"tanh": False}
-"""Read where no search looks: behind a C function."""
+
+class Environment:
+    """What a model reads where no search looks: attributes of a class."""
+
+    tanh = draws = fails = copies = False
 
 
 class Model(nn.Module):
@@ -34,13 +38,12 @@ class Model(nn.Module):
         self.config = SimpleNamespace(mixes=False)
         self.options = {"mixes": False}
         self.mixes = False
-        self.look = ENVIRONMENT.get
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.scale * self.body(x)
         if self.mixes or self.config.mixes or self.options["mixes"]:
             h = h - h.mean(0)
-        h = torch.tanh(h) if self.look("tanh") else torch.relu(h)
+        h = torch.tanh(h) if Environment.tanh else torch.relu(h)
         outputs: Tensor = self.head(h)
         return outputs
 
@@ -113,7 +116,7 @@ def replace_head(model: Model) -> None:
 
 
 def use_other_calls(model: Model) -> None:
-    ENVIRONMENT["tanh"] = True
+    Environment.tanh = True
 
 
 def set_forward(model: Model) -> None:
@@ -147,7 +150,7 @@ CHANGES = [
 def test_a_change_of_the_model_is_verified(
     verified: list[str], change: Callable[[Model], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(ENVIRONMENT, "tanh", False)
+    monkeypatch.setattr(Environment, "tanh", False)
     model, regularizer = make()
     regularizer.consolidate(make_task())
     change(model)
@@ -272,10 +275,10 @@ def test_the_first_run_that_counts_shows_other_calls(
         model, regularizer = make(
             OnlineEWC, decay=0.0, prior_precision=1.0, fisher_type=fisher_type
         )
-        monkeypatch.setitem(ENVIRONMENT, "tanh", began_with_tanh)
+        monkeypatch.setattr(Environment, "tanh", began_with_tanh)
         regularizer.consolidate(make_task(0))
         shift(model)
-        monkeypatch.setitem(ENVIRONMENT, "tanh", True)
+        monkeypatch.setattr(Environment, "tanh", True)
         generator = torch.Generator().manual_seed(1)
         regularizer.consolidate(make_task(1, size=20), generator=generator)
         found.append(regularizer.fisher)
@@ -299,7 +302,7 @@ class Dropping(Model):
     """Draws as soon as it is told to, by the same calls."""
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.dropout(self.body(x), 1e-6, training=bool(self.look("draws")))
+        h = F.dropout(self.body(x), 1e-6, training=Environment.draws)
         outputs: Tensor = self.head(h)
         return outputs
 
@@ -309,9 +312,108 @@ def test_a_model_that_begins_to_draw_is_verified(
 ) -> None:
     regularizer = EWC(Dropping(), Classification())
     regularizer.consolidate(make_task())
-    monkeypatch.setitem(ENVIRONMENT, "draws", True)
+    monkeypatch.setattr(Environment, "draws", True)
     regularizer.consolidate(make_task())
     assert len(verified) == 2
+
+
+def test_draws_are_seen_beside_another_thread_in_batches_of_one_sample(
+    verified: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Environment, "draws", False)
+    regularizer = EWC(Dropping(), Classification())
+    regularizer.consolidate(make_task())
+    monkeypatch.setattr(Environment, "draws", True)
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)
+    other.start()
+    try:
+        before = torch.get_rng_state()
+        regularizer.consolidate(make_task(batches=3, size=1))
+        assert torch.equal(torch.get_rng_state(), before)
+    finally:
+        stop.set()
+        other.join()
+    assert len(verified) == 2
+
+
+def test_drawn_targets_have_terms_of_their_own(verified: list[str]) -> None:
+    def nll(outputs: Tensor, targets: Tensor) -> Tensor:
+        assert bool(outputs.isfinite().all())
+        return oracle.nll(outputs, targets)
+
+    class Reading(Likelihood):
+        def nll(self, outputs: Tensor, targets: Tensor, *_: Any) -> Tensor:
+            return nll(outputs, targets)
+
+        def sample(self, outputs: Tensor) -> Tensor:
+            return torch.distributions.Categorical(logits=outputs).sample()
+
+    _, regularizer = make(likelihood=Reading(), fisher_type="mc")
+    regularizer.consolidate(make_task())
+    regularizer.consolidate(make_task())
+    assert len(verified) == 1
+
+
+class Failing(Model):
+    """Fails once, when it is told to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch._C._functorch.maybe_current_level() and Environment.fails:
+            Environment.fails = False
+            raise OSError("no connection")
+        outputs: Tensor = super().forward(x)
+        return outputs
+
+
+def test_an_error_that_is_raised_once_is_no_change_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Environment, "fails", False)
+    regularizer = EWC(Failing(), Classification())
+    regularizer.consolidate(make_task())
+    Environment.fails = True
+    with pytest.raises(OSError, match="no connection"):
+        regularizer.consolidate(make_task())
+
+
+class Copying(Model):
+    """Has a rule for its head, or a copy per sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if Environment.copies:
+            h = torch.maximum(self.body(x).unsqueeze(1), self.head.weight).sum(2)
+            return h + self.head.bias
+        outputs: Tensor = super().forward(x)
+        return outputs
+
+
+def test_the_parts_of_a_batch_fit_the_methods_that_are_verified_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Environment, "copies", False)
+    model = Copying()
+    regularizer = OnlineEWC(model, Classification(), decay=0.0, prior_precision=1.0)
+    regularizer.consolidate(make_task())
+    monkeypatch.setattr(Environment, "copies", True)
+    monkeypatch.setattr(vectorised, "WRITTEN_BYTES", 5 * model.head.weight.nbytes)
+    sizes: list[int] = []
+    forward = vectorised.Vectorised.forward
+
+    def logged(self: Any, batch: Any, sums: Any) -> Any:
+        sizes.append(batch.size)
+        return forward(self, batch, sums)
+
+    monkeypatch.setattr(vectorised.Vectorised, "forward", logged)
+    regularizer.consolidate(make_task(1, batches=2, size=40))
+    dropped, verification, *counted = sizes
+    assert (dropped, verification) == (80, 2)
+    assert max(counted) <= 5
+    assert sum(counted) == 80
+    right = expected(model, make_task(1, batches=2, size=40))
+    torch.testing.assert_close(
+        regularizer.fisher["head.weight"].double(), right["head.weight"], rtol=1e-5, atol=1e-9
+    )
 
 
 def test_other_calls_of_a_likelihood_are_verified(verified: list[str]) -> None:

@@ -91,7 +91,8 @@ class Vectorised:
         samples_dim: As above.
         methods: `"rule"` or `"vmap"`, by the name of each parameter that was used.
         fallback: Why a parameter falls back to the loop, by name.
-        reads: Whether the model has read values out of a tensor, to branch on them.
+        reads: Whether the model, or `terms`, has read values out of a tensor, to branch on them.
+        model_reads: Whether the model has.
         calls_of_model: The functions of PyTorch that the model called in the last forward pass.
         calls_of_terms: Those that `terms` called inside `vmap`.
         needs: The memory that this pass has taken.
@@ -110,7 +111,7 @@ class Vectorised:
         self.samples_dim = samples_dim
         self.methods: dict[str, Method] = {}
         self.fallback: dict[str, str] = {}
-        self.reads = False
+        self.reads = self.model_reads = False
         self.calls_of_model: list[Callable[..., Any]] = []
         self.calls_of_terms: list[Callable[..., Any]] = []
         self.needs = needs
@@ -174,6 +175,7 @@ class Vectorised:
                 with mode:
                     outputs, rest = self._outputs(batch.of_one(list(tensors)))
                 n_calls = len(mode.seen)
+                self.model_reads = self.model_reads or mode.calls.read
                 found: Tensor = mode.calls.current(outputs)
                 if dim is None:
                     with mode:

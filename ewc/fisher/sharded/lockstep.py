@@ -15,6 +15,7 @@ from torch import Tensor
 from ewc.data.batch import Batch
 from ewc.fisher.batches import Bundle, Reading
 from ewc.fisher.comparison import differing, largest
+from ewc.fisher.coordination import InUse
 from ewc.fisher.paths.branches import DivergentBranches
 from ewc.fisher.paths.vectorised import Vectorised
 from ewc.fisher.runner import Runner
@@ -62,10 +63,10 @@ class LockStep:
         self._model.assume_finite()
 
     def bundles(
-        self, reading: Reading, batches: Iterable[Batch], vectorised: Vectorised | None
+        self, reading: Reading, batches: Iterable[Batch], vectorised: InUse
     ) -> Iterator[Bundle | None]:
         """Parts of batches that fit in memory, as long as any process has samples."""
-        pieces = self._pieces(batches, vectorised)
+        pieces = self._pieces(batches, vectorised())
         piece = next(pieces, None)
         while self._ranks.barrier("the next samples", piece is not None):
             yield None if piece is None else Bundle.of_one(reading.index, piece)
@@ -81,7 +82,7 @@ class LockStep:
             for start in range(0, batch.size, size):
                 yield batch.take(start, min(start + size, batch.size))
 
-    def chunks(self, batch: Batch, vectorised: Vectorised | None) -> Iterator[Batch]:
+    def chunks(self, batch: Batch, vectorised: InUse) -> Iterator[Batch]:
         """The whole batch: one run on every process."""
         yield batch
 
