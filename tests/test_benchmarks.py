@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ewc import EWC, Classification
+from ewc.fisher.accumulation import Accumulator
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
@@ -132,7 +133,7 @@ class TestReplay:
         model, sums = workload.build().eval(), []
         batch = models.part(workload.data(1)[0], 0, 3)
 
-        class Kept(one_batch.Accumulator):  # type: ignore[misc]
+        class Kept(Accumulator):
             def __init__(self, *args: Any) -> None:
                 super().__init__(*args)
                 sums.append(self.sums)

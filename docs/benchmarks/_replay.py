@@ -1,7 +1,7 @@
 """Runs the operations of PyTorch that a function has run once more, as straight code.
 
-What is left out is the time of everything else: the Python of the library and of the model, modes,
-`vmap`, and autograd. So it is a lower bound for the same arithmetic, however it is organised.
+Nothing else is run: neither Python code of the library or of the model, nor function modes, `vmap`
+and autograd. So the time is a lower bound for any code that runs the same operations.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The unit is an ordinary forward and backward of one batch. A first consolidation verifies its
 methods; a further one of the same object does so only if something has changed. Beside each time
-stand two that no change of the library's own code can go below: its operations of PyTorch as
-straight code, and its runs of the model by PyTorch alone.
+stand two others: that of its operations of PyTorch as straight code, and that of its runs of the
+model by PyTorch alone.
 """
 
 from __future__ import annotations

@@ -105,7 +105,10 @@ class Accumulator:
         self._refuse_non_finite(waiting=0)
 
     def _use(self, methods: Vectorised | Recalled | str) -> None:
-        """Use these methods from now on; unless they are to be confirmed, draws are known."""
+        """Use these methods from now on.
+
+        The verification or the confirming run has shown whether the model draws random numbers.
+        """
         self._methods = methods
         if not isinstance(methods, Recalled):
             self._runner.randomness.expect_as_seen()
@@ -137,9 +140,9 @@ class Accumulator:
             return dict.fromkeys(self.sums, str(self._methods))
         recalled = self._methods if isinstance(self._methods, Recalled) else None
         record = partial(self._runner.record, vectorised, chunk, own_sums)
+        if recalled is not None:
+            recalled.begin()
         try:
-            if recalled is not None:
-                recalled.begin()
             recorded = record()
         except InvalidBatch:
             raise
@@ -158,7 +161,7 @@ class Accumulator:
                 return self._verify_and_add(recalled, chunk, own_sums)
             self._methods = reason
             return dict.fromkeys(self.sums, reason)
-        if recalled is not None and not recalled.is_confirmed():
+        if recalled is not None and not recalled.confirm():
             del recorded
             return self._verify_and_add(recalled, chunk, own_sums)
         self._runner.reverse(recorded)
@@ -169,7 +172,7 @@ class Accumulator:
     def _verify_and_add(
         self, recalled: Recalled, chunk: Batch, own_sums: Mapping[str, Tensor]
     ) -> dict[str, str]:
-        """Verify the methods anew, whose runs may need more memory, and add the squares."""
+        """Verify the methods anew, and add the squares in parts that fit in memory with them."""
         self._use(recalled.verify())
         for part in self._coordination.chunks(chunk, self.vectorised):
             self._add_chunk(part, own_sums)

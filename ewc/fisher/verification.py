@@ -92,10 +92,10 @@ class Recalled:
         """Begin a run of the methods."""
         self._start = self._states()
 
-    def is_confirmed(self) -> bool:
-        """Whether the run made the verified calls and drew no random numbers.
+    def confirm(self) -> bool:
+        """Say whether the run made the verified calls and drew no random numbers.
 
-        If not, the model and the random stream are set back, as if there had been no run.
+        If not, set back the model and the random stream, as if there had been no run.
         """
         runner = self._runner
         # Drawn targets come from the same stream: then only what the model has drawn counts.
@@ -103,13 +103,9 @@ class Recalled:
         is_shown = self._verified.is_shown_by(self.methods, runner.fisher_type)
         self._is_confirmed = is_shown and are_same(self._start, end)
         if not self._is_confirmed:
-            self.drop()
+            runner.randomness.position = self._start[0]
+            runner.restore()
         return self._is_confirmed
-
-    def drop(self) -> None:
-        """Set back the model and the random stream after a run that does not count."""
-        self._runner.randomness.position = self._start[0]
-        self._runner.restore()
 
     def _outputs(self, raw: Any) -> tuple[Any, tuple[Any, ...]]:
         found = self._runner.outputs(raw)
